@@ -1,0 +1,48 @@
+# make train and make test set up what they need in $(VENV).
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+
+.PHONY: help setup train sweep test test-oldest lint format clean
+
+help:
+	@echo "make train        SOAP beside AdamW on a small language model, with a plot"
+	@echo "make test         lint, types and tests"
+	@echo "make sweep        the sweep that tuned both optimizers of make train"
+	@echo "make test-oldest  the tests on the oldest supported JAX and optax"
+	@echo "make format       format the code"
+	@echo "PYTHON=python3.12 VENV=.venv-3.12 choose another interpreter."
+
+setup: $(VENV)/.installed
+
+$(VENV)/.installed: pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+		{ echo "soap_optax needs Python 3.11 or newer; set PYTHON"; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e ".[test]" $(PINS)
+	@touch $@
+
+train: setup
+	$(BIN)/python examples/compare_lm.py
+
+sweep: setup
+	$(BIN)/python examples/compare_lm.py --sweep --out runs/sweep
+
+lint: setup
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+test: lint
+	$(BIN)/python -m pytest -n 2 -m "not slow"
+
+test-oldest:
+	$(MAKE) setup VENV=.venv-oldest PINS="jax==0.7.2 jaxlib==0.7.2 optax==0.2.6"
+	.venv-oldest/bin/python -m pytest -n 2 -m "not slow"
+
+format: setup
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+clean:
+	rm -rf .venv* runs dist .mypy_cache .pytest_cache .ruff_cache

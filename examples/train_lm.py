@@ -1,0 +1,487 @@
+"""Trains a decoder-only language model with SOAP, AdamW, Muon or Lion.
+
+    python examples/train_lm.py --preset tiny --optimizer soap
+    python examples/train_lm.py --data corpus.bin --preset 360m --bf16 --accumulate 8
+    python examples/train_lm.py --checkpoint-dir ckpt --resume
+
+One file, to be read from top to bottom and copied: model, data, optimizers, one jitted
+step, loop. The architecture is that of the SOAP paper's experiments (pre-norm, RoPE,
+QK-norm, GELU MLP of 4x the width, no biases, z-loss), in Flax.
+"""
+
+import csv
+import dataclasses
+import sys
+import sysconfig
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Literal
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import orbax.checkpoint as ocp
+import tyro
+from flax.training.train_state import TrainState
+from tqdm import tqdm
+
+import soap_optax
+
+
+@dataclasses.dataclass(frozen=True)
+class Preset:
+    """Size of a model and of its batches; the paper's for the three large ones."""
+
+    depth: int
+    width: int
+    head_dim: int
+    context: int
+    batch: int
+    steps: int
+    warmup: int
+
+
+PRESETS = {
+    "tiny": Preset(2, 128, 32, context=128, batch=32, steps=600, warmup=50),
+    "210m": Preset(12, 1024, 64, context=1024, batch=2048, steps=3200, warmup=600),
+    "360m": Preset(24, 1024, 64, context=1024, batch=2048, steps=3200, warmup=600),
+    "660m": Preset(24, 1408, 64, context=1024, batch=2048, steps=3200, warmup=600),
+}
+
+# Learning rate and b2 with the lowest loss of `make sweep` on the tiny preset.
+TUNED = {
+    "soap": (1e-2, 0.95),
+    "adamw": (1e-2, 0.95),
+    "muon": (1e-2, 0.95),
+    "lion": (1e-3, 0.99),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """What to train, on what, and how."""
+
+    preset: Literal["tiny", "210m", "360m", "660m"] = "tiny"
+    optimizer: Literal["soap", "adamw", "muon", "lion"] = "soap"
+    data: str = "stdlib"
+    """A file, a folder, a `.bin` of uint16 tokens, or `stdlib`: the source files of
+    Python's standard library. All but `.bin` are read as bytes."""
+    vocab: int | None = None
+    """Size of the vocabulary; None: 256 for bytes, 32128 (T5's) for a `.bin`."""
+    learning_rate: float | None = None
+    """Peak; None: the tuned one of the optimizer on the tiny preset."""
+    b1: float = 0.95
+    b2: float | None = None
+    weight_decay: float = 1e-4
+    clip: float = 1.0
+    """Global norm at which gradients are clipped."""
+    precondition_frequency: int = 10
+    block_size: int | None = None
+    steps: int | None = None
+    warmup: int | None = None
+    batch: int | None = None
+    """Sequences per step; None, as above: the preset's."""
+    context: int | None = None
+    accumulate: int = 1
+    """Micro-batches per step."""
+    bf16: bool = False
+    """Compute in bfloat16; parameters and optimizer stay in float32."""
+    z_loss: float = 1e-4
+    seed: int = 0
+    eval_every: int = 25
+    eval_batches: int = 8
+    metrics: Path | None = None
+    """CSV file for the metrics."""
+    checkpoint_dir: Path | None = None
+    checkpoint_every: int = 200
+    resume: bool = False
+    """Continue from the newest checkpoint."""
+
+    def filled(self) -> "Config":
+        """The configuration with the preset's and the tuned values in place of None."""
+        preset = PRESETS[self.preset]
+        learning_rate, b2 = TUNED[self.optimizer]
+        defaults = {
+            "vocab": 32128 if self.data.endswith(".bin") else 256,
+            "learning_rate": learning_rate,
+            "b2": b2,
+            "steps": preset.steps,
+            "warmup": preset.warmup,
+            "batch": preset.batch,
+            "context": preset.context,
+        }
+        missing = {k: v for k, v in defaults.items() if getattr(self, k) is None}
+        return dataclasses.replace(self, **missing)
+
+
+# --- model ---------------------------------------------------------------------------
+
+
+def rotary(x: jax.Array) -> jax.Array:
+    """Rotary position embedding of `[batch, time, heads, head_dim]`."""
+    half = x.shape[-1] // 2
+    frequencies = 10_000.0 ** (-jnp.arange(half) / half)
+    angles = jnp.arange(x.shape[1])[:, None] * frequencies[None, :]
+    cos, sin = (f(angles)[None, :, None, :].astype(x.dtype) for f in (jnp.cos, jnp.sin))
+    left, right = jnp.split(x, 2, axis=-1)
+    return jnp.concatenate([left * cos - right * sin, left * sin + right * cos], -1)
+
+
+class Block(nn.Module):
+    """Attention and MLP, each behind a layer norm and around a residual connection."""
+
+    head_dim: int
+    dtype: Any
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        width = x.shape[-1]
+        linear = lambda size, name: nn.Dense(  # noqa: E731
+            size, use_bias=False, dtype=self.dtype, name=name
+        )
+        norm = lambda name: nn.LayerNorm(  # noqa: E731
+            use_bias=False, dtype=self.dtype, name=name
+        )
+        split = lambda y: y.reshape(*y.shape[:2], -1, self.head_dim)  # noqa: E731
+        y = norm("attention_norm")(x)
+        query, key, value = (
+            split(linear(width, n)(y)) for n in ("query", "key", "value")
+        )
+        query, key = rotary(norm("query_norm")(query)), rotary(norm("key_norm")(key))
+        y = jax.nn.dot_product_attention(query, key, value, is_causal=True)
+        x = x + linear(width, "attention_out")(y.reshape(x.shape))
+        y = linear(4 * width, "mlp_in")(norm("mlp_norm")(x))
+        return x + linear(width, "mlp_out")(nn.gelu(y))
+
+
+class Transformer(nn.Module):
+    """A decoder-only transformer: tokens `[batch, time]` to logits in float32."""
+
+    vocab: int
+    depth: int
+    width: int
+    head_dim: int
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, tokens: jax.Array) -> jax.Array:
+        x = nn.Embed(self.vocab, self.width, dtype=self.dtype, name="embed")(tokens)
+        for i in range(self.depth):
+            x = Block(self.head_dim, self.dtype, name=f"block_{i}")(x)
+        x = nn.LayerNorm(use_bias=False, dtype=self.dtype, name="final_norm")(x)
+        logits = nn.Dense(self.vocab, use_bias=False, dtype=self.dtype, name="unembed")(
+            x
+        )
+        return logits.astype(jnp.float32)
+
+
+def make_model(config: Config) -> Transformer:
+    preset = PRESETS[config.preset]
+    dtype = jnp.bfloat16 if config.bf16 else jnp.float32
+    return Transformer(config.vocab, preset.depth, preset.width, preset.head_dim, dtype)
+
+
+# --- data ----------------------------------------------------------------------------
+
+
+def read_tokens(data: str) -> np.ndarray:
+    """The corpus as a flat array of tokens (uint8 bytes, or uint16 from a `.bin`)."""
+    path = Path(sysconfig.get_paths()["stdlib"] if data == "stdlib" else data)
+    if not path.exists():
+        raise FileNotFoundError(
+            f"--data must be a file, a folder or stdlib, got {data}"
+        )
+    if path.suffix == ".bin":
+        return np.memmap(path, np.uint16, mode="r")
+    if path.is_file():
+        return np.fromfile(path, np.uint8)
+    if data == "stdlib":
+        skip = {"site-packages", "dist-packages", "test", "tests", "__pycache__"}
+        files = [p for p in path.rglob("*.py") if not skip & set(p.parts)]
+    else:
+        files = [p for p in path.rglob("*") if p.is_file()]
+    if not files:
+        raise FileNotFoundError(
+            f"--data must hold files to read, got the folder {data}"
+        )
+    return np.concatenate([np.fromfile(p, np.uint8) for p in sorted(files)])
+
+
+@dataclasses.dataclass(frozen=True)
+class Corpus:
+    """Training and validation windows of a token array.
+
+    The array is cut into 40 stretches; the last 5% of each is for validation, so that
+    both parts are alike. A batch depends on the seed and its step alone, thus a resumed
+    run sees the data it would have seen.
+    """
+
+    tokens: np.ndarray
+    context: int
+    seed: int
+
+    def __post_init__(self) -> None:
+        needed = 40 * 20 * (self.context + 1)
+        if len(self.tokens) < needed:
+            raise ValueError(
+                f"--data must hold at least {needed} tokens for --context "
+                f"{self.context}, got {len(self.tokens)}"
+            )
+
+    def batch(self, step: int, size: int, *, validation: bool = False) -> np.ndarray:
+        """Tokens `[size, context + 1]`, int32."""
+        rng = np.random.default_rng([self.seed, step, validation])
+        stretch = len(self.tokens) // 40
+        split = int(0.95 * stretch)
+        low, high = (split, stretch) if validation else (0, split)
+        offsets = rng.integers(low, high - self.context, size)
+        starts = rng.integers(0, 40, size) * stretch + offsets
+        return np.stack([self.tokens[s : s + self.context + 1] for s in starts]).astype(
+            np.int32
+        )
+
+
+# --- optimizers ----------------------------------------------------------------------
+
+
+def muon_dimension_numbers(params: Any) -> Any:
+    """Muon for the hidden matrices, its Adam for all else."""
+
+    def one(path, param):
+        hidden = any("block" in str(key) for key in path) and param.ndim == 2
+        return optax.contrib.MuonDimensionNumbers() if hidden else None
+
+    return jax.tree_util.tree_map_with_path(one, params)
+
+
+def make_optimizer(config: Config) -> optax.GradientTransformation:
+    schedule = optax.warmup_cosine_decay_schedule(
+        0.0,
+        config.learning_rate,
+        config.warmup,
+        max(config.steps, config.warmup + 1),
+        end_value=0.1 * config.learning_rate,
+    )
+    decay = {"weight_decay": config.weight_decay}
+    if config.optimizer == "soap":
+        optimizer = soap_optax.soap(
+            schedule,
+            config.b1,
+            config.b2,
+            **decay,
+            precondition_frequency=config.precondition_frequency,
+            block_size=config.block_size,
+        )
+    elif config.optimizer == "adamw":
+        optimizer = optax.adamw(schedule, config.b1, config.b2, **decay)
+    elif config.optimizer == "muon":
+        optimizer = optax.contrib.muon(
+            schedule,
+            adam_b1=config.b1,
+            adam_b2=config.b2,
+            **decay,
+            muon_weight_dimension_numbers=muon_dimension_numbers,
+            consistent_rms=0.2,
+        )
+    else:
+        optimizer = optax.lion(schedule, config.b1, config.b2, **decay)
+    return optax.chain(optax.clip_by_global_norm(config.clip), optimizer)
+
+
+# --- training ------------------------------------------------------------------------
+
+
+def cross_entropy(
+    model: Transformer, params: Any, tokens: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """Mean cross-entropy (nats per token) and mean squared log-partition (z)."""
+    logits = model.apply({"params": params}, tokens[:, :-1])
+    log_z = jax.nn.logsumexp(logits, axis=-1)
+    target = jnp.take_along_axis(logits, tokens[:, 1:, None], axis=-1)[..., 0]
+    return jnp.mean(log_z - target), jnp.mean(log_z**2)
+
+
+def train_step(
+    state: TrainState, tokens: jax.Array, *, model: Transformer, z_loss: float
+) -> tuple[TrainState, jax.Array]:
+    """One step on `[micro-batches, batch, context + 1]` tokens."""
+
+    def loss_fn(params, micro_batch):
+        loss, log_z_squared = cross_entropy(model, params, micro_batch)
+        return loss + z_loss * log_z_squared, loss
+
+    def accumulate(total, micro_batch):
+        (_, loss), grads = jax.value_and_grad(loss_fn, has_aux=True)(
+            state.params, micro_batch
+        )
+        return jax.tree.map(jnp.add, total, (grads, loss)), None
+
+    zero = (jax.tree.map(jnp.zeros_like, state.params), jnp.zeros(()))
+    total, _ = jax.lax.scan(accumulate, zero, tokens)
+    grads, loss = jax.tree.map(lambda x: x / len(tokens), total)
+    return state.apply_gradients(grads=grads), loss
+
+
+def make_state(config: Config, model: Transformer) -> TrainState:
+    tokens = jnp.zeros((1, 8), jnp.int32)
+    init = lambda key: TrainState.create(  # noqa: E731
+        apply_fn=model.apply,
+        params=model.init(key, tokens)["params"],
+        tx=make_optimizer(config),
+    )
+    return jax.jit(init)(jax.random.key(config.seed))
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """Metrics at a step; seconds are those spent in training steps since the start."""
+
+    step: int
+    seconds: float
+    train_loss: float
+    validation_loss: float
+    tokens_per_second: float
+
+
+def train(config: Config) -> Iterator[Row]:
+    """Trains and yields a row of metrics at every evaluation."""
+    config = config.filled()
+    if config.batch % config.accumulate:
+        raise ValueError(
+            f"--accumulate must divide the batch of {config.batch}, got "
+            f"{config.accumulate}"
+        )
+    corpus = Corpus(read_tokens(config.data), config.context, config.seed)
+    if (top := int(corpus.tokens[: 1 << 20].max())) >= config.vocab:
+        raise ValueError(
+            f"--vocab must exceed every token, got {config.vocab} <= {top}"
+        )
+    model = make_model(config)
+    state = make_state(config, model)
+    manager = None
+    seconds = 0.0
+    if config.resume and config.checkpoint_dir is None:
+        raise ValueError("--resume needs --checkpoint-dir, got none")
+    if config.checkpoint_dir is not None:
+        options = ocp.CheckpointManagerOptions(max_to_keep=2)
+        manager = ocp.CheckpointManager(
+            config.checkpoint_dir.absolute(), options=options
+        )
+        if config.resume:
+            state, seconds = restore(manager, state)
+
+    def train_batch(step):
+        return corpus.batch(step, config.batch).reshape(
+            config.accumulate, -1, config.context + 1
+        )
+
+    step_fn = jax.jit(
+        lambda state, tokens: train_step(
+            state, tokens, model=model, z_loss=config.z_loss
+        ),
+        donate_argnums=0,
+    )
+    step_fn = step_fn.lower(state, train_batch(0)).compile()
+    eval_fn = jax.jit(lambda params, tokens: cross_entropy(model, params, tokens)[0])
+    eval_size = min(config.batch, 128)
+    eval_set = [
+        corpus.batch(i, eval_size, validation=True) for i in range(config.eval_batches)
+    ]
+    jax.block_until_ready(eval_fn(state.params, eval_set[0]))
+
+    losses: list[jax.Array] = []
+    progress = tqdm(
+        range(int(state.step), config.steps),
+        initial=int(state.step),
+        total=config.steps,
+        desc=config.optimizer,
+        file=sys.stderr,
+    )
+    since = time.perf_counter()
+    for step in progress:
+        state, loss = step_fn(state, train_batch(step))
+        losses.append(loss)
+        done = step + 1
+        last = done == config.steps
+        if done % config.eval_every == 0 or last:
+            jax.block_until_ready(loss)
+            elapsed = time.perf_counter() - since
+            seconds += elapsed
+            row = Row(
+                step=done,
+                seconds=round(seconds, 3),
+                train_loss=float(np.mean(losses)),
+                validation_loss=float(
+                    np.mean([eval_fn(state.params, tokens) for tokens in eval_set])
+                ),
+                tokens_per_second=round(
+                    len(losses) * config.batch * config.context / elapsed, 1
+                ),
+            )
+            losses = []
+            progress.set_postfix(
+                loss=f"{row.train_loss:.3f}",
+                validation=f"{row.validation_loss:.3f}",
+                tokens_per_s=f"{row.tokens_per_second:.0f}",
+            )
+            yield row
+            since = time.perf_counter()
+        if manager and (done % config.checkpoint_every == 0 or last):
+            save(manager, state, seconds)
+            since = time.perf_counter()
+    if manager:
+        manager.wait_until_finished()
+
+
+def saved_part(state: TrainState, seconds: float) -> dict[str, Any]:
+    return {
+        "step": state.step,
+        "params": state.params,
+        "opt_state": state.opt_state,
+        "seconds": seconds,
+    }
+
+
+def save(manager: ocp.CheckpointManager, state: TrainState, seconds: float) -> None:
+    tree = saved_part(state, seconds)
+    manager.save(int(state.step), args=ocp.args.StandardSave(tree))
+
+
+def restore(
+    manager: ocp.CheckpointManager, state: TrainState
+) -> tuple[TrainState, float]:
+    """The newest checkpoint, on the devices of `state`."""
+    newest = manager.latest_step()
+    if newest is None:
+        raise FileNotFoundError(
+            f"--resume needs a checkpoint, none in {manager.directory}"
+        )
+    target = jax.tree.map(ocp.utils.to_shape_dtype_struct, saved_part(state, 0.0))
+    tree = manager.restore(newest, args=ocp.args.StandardRestore(target))
+    seconds = tree.pop("seconds")
+    return state.replace(**tree), seconds
+
+
+def write_rows(path: Path, rows: list[Row]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, [field.name for field in dataclasses.fields(Row)])
+        writer.writeheader()
+        writer.writerows(dataclasses.asdict(row) for row in rows)
+
+
+def main(config: Config) -> None:
+    rows = []
+    for row in train(config):
+        rows.append(row)
+        if config.metrics:
+            write_rows(config.metrics, rows)
+    if rows:
+        print(f"{config.optimizer}: validation loss {rows[-1].validation_loss:.4f}")
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Config, description=__doc__))

@@ -1,0 +1,9 @@
+"""SOAP for JAX: optax transformations in the eigenbasis of Shampoo's preconditioner."""
+
+from soap_optax._eigenbasis import EigenbasisState as EigenbasisState
+from soap_optax._eigenbasis import in_eigenbasis as in_eigenbasis
+from soap_optax._layout import DimensionNumbers as DimensionNumbers
+from soap_optax._soap import scale_by_soap as scale_by_soap
+from soap_optax._soap import soap as soap
+
+__version__ = "0.1.0"

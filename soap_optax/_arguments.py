@@ -1,0 +1,59 @@
+"""Checks of public arguments: one rule, one style of error."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+
+def require(name: str, value: Any, rule: str, holds: bool) -> None:
+    """Raises a `ValueError` naming argument, rule and value unless the rule holds."""
+    if not holds:
+        raise ValueError(f"{name} must be {rule}, got {value!r}")
+
+
+def require_number(name: str, value: Any, low: float, below: float) -> None:
+    """Requires a number in [low, below). Traced values pass, schedules as well."""
+    if isinstance(value, jax.core.Tracer) or callable(value):
+        return
+    is_number = isinstance(value, (int, float, np.generic, np.ndarray, jax.Array))
+    number = is_number and not isinstance(value, bool) and np.ndim(value) == 0
+    top = "" if below == np.inf else f" and below {below:g}"
+    rule = f"a finite number, at least {low:g}{top}"
+    require(name, value, rule, bool(number and low <= value < below))
+
+
+def require_static(name: str, value: Any) -> None:
+    """Requires that `value` is not an array, as `optax.inject_hyperparams` makes it."""
+    if isinstance(value, jax.Array):
+        raise ValueError(
+            f"{name} must be static, because it fixes shapes or dtypes, got the array "
+            f"{value}; optax.inject_hyperparams leaves it alone when it is named in "
+            f"static_args=({name!r},)"
+        )
+
+
+def require_int(name: str, value: Any, low: int) -> None:
+    """Requires a static integer of at least `low`."""
+    require_static(name, value)
+    integer = isinstance(value, (int, np.integer)) and not isinstance(value, bool)
+    require(name, value, f"an integer of at least {low}", integer and value >= low)
+
+
+def require_choice(name: str, value: Any, choices: tuple[Any, ...]) -> None:
+    """Requires one of `choices`."""
+    listed = " or ".join(repr(choice) for choice in choices)
+    require(name, value, listed, any(value is c or value == c for c in choices))
+
+
+def require_dtype(name: str, value: Any) -> None:
+    """Requires None or a real floating-point dtype."""
+    require_static(name, value)
+    if value is None:
+        return
+    try:
+        floating = jnp.issubdtype(value, jnp.floating)
+    except TypeError:
+        floating = False
+    require(name, value, "None or a floating-point dtype", floating)

@@ -1,0 +1,463 @@
+"""Runs any optax transformation in the eigenbasis of Shampoo's Kronecker factors.
+
+The only home of the step count, `lax.cond` and tree maps: `_layout` knows one shape,
+`_kronecker` one array of blocks. Two functions of the state make a step, `_turn`
+(accumulate the factors and, when due, refresh the eigenbases) and `_step` (project, run
+the inner transformation, project back); `basis` says which comes first.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from soap_optax import _arguments, _kronecker, _tree
+from soap_optax._layout import make_layout
+
+# Fields of optax states that hold a mean of gradients.
+FIRST_MOMENTS = ("mu", "trace", "ema", "m1", "m2", "grad_acc")
+
+# A NumPy integer, because optax.inject_hyperparams traces every default that is a
+# Python number, and a traced number cannot decide which factors exist.
+DEFAULT_MAX_PRECOND_DIM: int = np.int64(10_000)  # type: ignore[assignment]
+
+
+_PerLeaf = list[list[Any]]  # for each parameter, an array or None per axis
+
+
+class EigenbasisState(NamedTuple):
+    """State of `in_eigenbasis`.
+
+    `factors` and `eigenbases` are nested dicts, keyed by the names on the path to each
+    parameter (for parameters in nested dicts: the same structure). In the place of a
+    parameter stands a tuple with one array `[grid…, b, b]` per axis, or None where an
+    axis has no factor and its eigenbasis is the identity.
+
+    Attributes:
+      count: steps taken, int32 scalar; the clock of refreshes.
+      factors: Shampoo's factors.
+      eigenbases: orthonormal matrices, one eigenvector a column.
+      eigenvalues: estimates of the factors' eigenvalues, `[grid…, b]`, in the order of
+        the columns: exact or nearly so at a refresh, followed since.
+      inner_state: the inner transformation's. Its moments hold projected coordinates
+        in the parameters' shapes.
+    """
+
+    count: Any  # not jax.Array, because tuple has a method of this name
+    factors: Any
+    eigenbases: Any
+    eigenvalues: Any
+    inner_state: optax.OptState
+
+
+@dataclasses.dataclass(frozen=True)
+class _Options:
+    """Options of `in_eigenbasis` that act at every step, checked."""
+
+    shampoo_beta: Any
+    precondition_frequency: Any
+    basis: str
+    refresh: Any
+    initial_basis: str
+    mu_dtype: Any
+    precond_dtype: Any
+    precision: Any
+    rcond: Any
+    first_moments: tuple[str, ...]
+
+
+def in_eigenbasis(
+    inner: optax.GradientTransformation,
+    *,
+    shampoo_beta: jax.typing.ArrayLike | None = None,
+    precondition_frequency: int | Callable[[jax.Array], Any] = 10,
+    max_precond_dim: int = DEFAULT_MAX_PRECOND_DIM,
+    merge_dims: bool = False,
+    precondition_1d: bool = False,
+    one_sided: bool = False,
+    block_size: int | None = None,
+    dimension_numbers: Any = None,
+    basis: Literal["previous", "current"] = "previous",
+    refresh: Literal["qr", "eigh"] = "qr",
+    initial_basis: Literal["eigh", "identity"] = "eigh",
+    mu_dtype: jax.typing.DTypeLike | None = None,
+    precond_dtype: jax.typing.DTypeLike | None = None,
+    precision: Any = jax.lax.Precision.HIGHEST,
+    rcond: float | None = None,
+    first_moments: Sequence[str] = FIRST_MOMENTS,
+) -> optax.GradientTransformationExtraArgs:
+    """Runs `inner` in the eigenbasis of Shampoo's factors.
+
+    Updates and parameters reach `inner` projected, and its updates are projected back,
+    so that with Adam inside this is SOAP, and with Adafactor Shampoo of power 1/2. An
+    axis without a factor has the identity: where no axis has one, this *is* `inner`.
+
+    Args:
+      inner: any optax transformation; it sees arrays of the parameters' shapes, in at
+        least float32.
+      shampoo_beta: decay of the factors, in [0, 1); None means 0.95.
+      precondition_frequency: see `soap_optax.soap`, as for all options not listed here.
+      first_moments: names of the fields of the inner state that are linear in the
+        gradient (momentum). A refresh carries them over to the new eigenbasis; all
+        other state, like second moments, belongs to coordinates and stays.
+
+    Returns:
+      An `optax.GradientTransformationExtraArgs` with state `EigenbasisState`.
+
+    Raises:
+      ValueError: for an argument out of its range, naming argument, rule and value; in
+        `init` and `update` for parameters that are not real floating point, dimension
+        numbers that do not fit, and updates that differ from the parameters of `init`,
+        naming the parameter.
+
+    Example:
+      >>> import jax.numpy as jnp, optax, soap_optax
+      >>> lion = soap_optax.in_eigenbasis(optax.scale_by_lion())
+      >>> tx = optax.chain(lion, optax.scale_by_learning_rate(1e-3))
+      >>> params = {"w": jnp.ones((4, 3))}
+      >>> state = tx.init(params)
+      >>> updates, state = tx.update({"w": jnp.ones((4, 3))}, state, params)
+      >>> updates["w"].shape
+      (4, 3)
+    """
+    is_transformation = hasattr(inner, "init") and hasattr(inner, "update")
+    _arguments.require(
+        "inner", inner, "an optax.GradientTransformation", is_transformation
+    )
+    inner = optax.with_extra_args_support(inner)
+    options = _Options(
+        shampoo_beta=0.95 if shampoo_beta is None else shampoo_beta,
+        precondition_frequency=precondition_frequency,
+        basis=basis,
+        refresh=refresh,
+        initial_basis=initial_basis,
+        mu_dtype=mu_dtype,
+        precond_dtype=precond_dtype,
+        precision=precision,
+        rcond=rcond,
+        first_moments=tuple(first_moments),
+    )
+    _check_options(options)
+    _check_geometry(
+        max_precond_dim,
+        block_size,
+        dimension_numbers,
+        merge_dims=merge_dims,
+        precondition_1d=precondition_1d,
+        one_sided=one_sided,
+    )
+    layout_of = functools.partial(
+        make_layout,
+        max_precond_dim=max_precond_dim,
+        merge_dims=merge_dims,
+        precondition_1d=precondition_1d,
+        one_sided=one_sided,
+        block_size=block_size,
+    )
+
+    def plan_of(tree: Any) -> _tree.Plan:
+        return _tree.make_plan(tree, layout_of, dimension_numbers)
+
+    def init_fn(params: optax.Params) -> EigenbasisState:
+        if isinstance(params, _PARAMS_PLACEHOLDER):
+            # optax.tree.map_params asks which parts of the state are shaped like the
+            # parameters. Factors are not: one leaf stands for all of them.
+            return EigenbasisState(_zero_count(), 0, 0, 0, inner.init(params))
+        return _nested(plan := plan_of(params), _init(plan, options, inner))
+
+    def update_fn(
+        updates: optax.Updates,
+        state: EigenbasisState,
+        params: optax.Params | None = None,
+        **extra_args: Any,
+    ) -> tuple[optax.Updates, EigenbasisState]:
+        plan = plan_of(updates)
+        flat = _flat(plan, state)
+        if params is not None:
+            params = [jnp.asarray(p) for p in plan.treedef.flatten_up_to(params)]
+        step = functools.partial(_step, plan, options, inner, params, extra_args)
+        if basis == "current":
+            steps, flat = step(_turn(plan, options, flat))
+        else:
+            # The first step only builds the eigenbases: no update, inner not run.
+            stepped, flat = step(flat)
+            steps, inner_state = optax.tree.where(
+                state.count == 0,
+                (jax.tree.map(jnp.zeros_like, stepped), state.inner_state),
+                (stepped, flat.inner_state),
+            )
+            flat = _turn(plan, options, flat._replace(inner_state=inner_state))
+        new_updates = [
+            step.astype(gradient.dtype)
+            for step, gradient in zip(steps, plan.arrays, strict=True)
+        ]
+        flat = flat._replace(count=optax.safe_increment(state.count))
+        return plan.treedef.unflatten(new_updates), _nested(plan, flat)
+
+    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+def _init(
+    plan: _tree.Plan,
+    options: _Options,
+    inner: optax.GradientTransformationExtraArgs,
+) -> EigenbasisState:
+    """Zero factors and identity eigenbases, as lists that follow the plan."""
+
+    def per_factor(
+        make: Callable[[tuple[int, ...], Any], jax.Array],
+    ) -> list[list[Any]]:
+        return [
+            [
+                None if shape is None else make(shape, _stored_dtype(leaf, options))
+                for shape in leaf.layout.factor_shapes()
+            ]
+            for leaf in plan.leaves
+        ]
+
+    def identity(shape: tuple[int, ...], dtype: Any) -> jax.Array:
+        return jnp.broadcast_to(jnp.eye(shape[-1], dtype=dtype), shape)
+
+    def zero_eigenvalues(shape: tuple[int, ...], dtype: Any) -> jax.Array:
+        return jnp.zeros(shape[:-1], jnp.promote_types(dtype, jnp.float32))
+
+    inner_params = [
+        _cast(array, leaf.dtype)
+        for leaf, array in zip(plan.leaves, plan.arrays, strict=True)
+    ]
+    return EigenbasisState(
+        count=_zero_count(),
+        factors=per_factor(jnp.zeros),
+        eigenbases=per_factor(identity),
+        eigenvalues=per_factor(zero_eigenvalues),
+        inner_state=_cast_first_moments(
+            plan, options, inner.init(plan.treedef.unflatten(inner_params))
+        ),
+    )
+
+
+def _step(
+    plan: _tree.Plan,
+    options: _Options,
+    inner: optax.GradientTransformationExtraArgs,
+    params: list[jax.Array] | None,
+    extra_args: dict[str, Any],
+    state: EigenbasisState,
+) -> tuple[list[jax.Array], EigenbasisState]:
+    """Projects, runs the inner transformation and projects its updates back."""
+    layouts = [leaf.layout for leaf in plan.leaves]
+    precision = options.precision
+
+    def project(arrays: Sequence[jax.Array]) -> list[jax.Array]:
+        entries = zip(arrays, plan.leaves, state.eigenbases, strict=True)
+        return [
+            _kronecker.project(array.astype(leaf.dtype), q, leaf.layout, precision)
+            for array, leaf, q in entries
+        ]
+
+    projected = project(plan.arrays)
+    weight = _weight(options, state.count)
+    eigenvalues = [
+        _kronecker.follow(e, array, layout, weight)
+        for e, array, layout in zip(state.eigenvalues, projected, layouts, strict=True)
+    ]
+    inner_updates, inner_state = inner.update(
+        plan.treedef.unflatten(projected),
+        state.inner_state,
+        None if params is None else plan.treedef.unflatten(project(params)),
+        **extra_args,
+    )
+    damped = [
+        _kronecker.damp(update, e, layout, options.rcond)
+        for update, e, layout in zip(
+            plan.treedef.flatten_up_to(inner_updates), eigenvalues, layouts, strict=True
+        )
+    ]
+    steps = [
+        _kronecker.project_back(update, q, layout, precision)
+        for update, q, layout in zip(damped, state.eigenbases, layouts, strict=True)
+    ]
+    inner_state = _cast_first_moments(plan, options, inner_state)
+    return steps, state._replace(eigenvalues=eigenvalues, inner_state=inner_state)
+
+
+def _turn(
+    plan: _tree.Plan, options: _Options, state: EigenbasisState
+) -> EigenbasisState:
+    """Accumulates the factors and, when due, refreshes the eigenbases.
+
+    A refresh is due when the frequency divides the count, so always at the first step.
+    """
+    layouts = [leaf.layout for leaf in plan.leaves]
+    weight = _weight(options, state.count)
+    factors = [
+        _kronecker.accumulate(f, gradient, layout, weight, options.precision)
+        for f, gradient, layout in zip(state.factors, plan.arrays, layouts, strict=True)
+    ]
+
+    owners, moments, with_moments = _tree.split_first_moments(
+        state.inner_state, plan.leaves, options.first_moments
+    )
+
+    def keep(*operands: Any) -> tuple[Any, ...]:
+        return operands
+
+    def refresh(
+        method: Any, eigenbases: Any, eigenvalues: Any, moments: Any
+    ) -> tuple[Any, ...]:
+        del eigenvalues
+        new, eigenvalues = _refresh(factors, eigenbases, method, options)
+        moments = [
+            _kronecker.change_basis(
+                moment, eigenbases[i], new[i], layouts[i], options.precision
+            )
+            for i, moment in zip(owners, moments, strict=True)
+        ]
+        return new, eigenvalues, moments
+
+    branches: list[Any] = [keep, functools.partial(refresh, options.refresh)]
+    branch = _is_due(options, state.count).astype(jnp.int32)
+    if options.initial_basis == "eigh" and options.refresh != "eigh":
+        branches.append(functools.partial(refresh, "eigh"))
+        branch = jnp.where(state.count == 0, 2, branch)
+    eigenbases, eigenvalues, moments = jax.lax.switch(
+        branch, branches, state.eigenbases, state.eigenvalues, moments
+    )
+    return EigenbasisState(
+        state.count, factors, eigenbases, eigenvalues, with_moments(moments)
+    )
+
+
+def _refresh(
+    factors: _PerLeaf, eigenbases: _PerLeaf, method: Any, options: _Options
+) -> tuple[_PerLeaf, _PerLeaf]:
+    """Refreshes all eigenbases; also estimates their eigenvalues."""
+
+    def one(factor: Any, eigenbasis: Any) -> tuple[Any, Any]:
+        if factor is None:
+            return None, None
+        return _kronecker.refresh(factor, eigenbasis, method, options.precision)
+
+    refreshed = [
+        [one(f, q) for f, q in zip(fs, qs, strict=True)]
+        for fs, qs in zip(factors, eigenbases, strict=True)
+    ]
+    new = [[q for q, _ in of_leaf] for of_leaf in refreshed]
+    eigenvalues = [[e for _, e in of_leaf] for of_leaf in refreshed]
+    return new, eigenvalues
+
+
+def _is_due(options: _Options, count: jax.Array) -> jax.Array:
+    """Whether the eigenbases are refreshed in the step with this count."""
+    frequency = options.precondition_frequency
+    if callable(frequency):
+        frequency = frequency(count)
+    frequency = jnp.maximum(1, jnp.asarray(frequency).astype(count.dtype))
+    return count % frequency == 0
+
+
+def _weight(options: _Options, count: jax.Array) -> jax.typing.ArrayLike:
+    """The weight of the newest gradient in the factors and eigenvalues.
+
+    With the current basis it is that of a bias-corrected mean, 1 at the first step.
+    """
+    weight = 1 - options.shampoo_beta
+    if options.basis == "previous":
+        return weight
+    return weight / (1 - options.shampoo_beta ** (count + 1))
+
+
+def _cast_first_moments(
+    plan: _tree.Plan, options: _Options, inner_state: optax.OptState
+) -> optax.OptState:
+    """The inner state with its first moments in `mu_dtype`."""
+    _, moments, with_moments = _tree.split_first_moments(
+        inner_state, plan.leaves, options.first_moments
+    )
+    if options.mu_dtype is None:
+        return inner_state
+    return with_moments([moment.astype(options.mu_dtype) for moment in moments])
+
+
+def _stored_dtype(leaf: _tree.Leaf, options: _Options) -> Any:
+    """The dtype of stored factors and eigenbases."""
+    return leaf.dtype if options.precond_dtype is None else options.precond_dtype
+
+
+def _cast(array: Any, dtype: Any) -> Any:
+    """`array.astype(dtype)`, also for a `jax.ShapeDtypeStruct`."""
+    if isinstance(array, jax.ShapeDtypeStruct):
+        return array.update(dtype=dtype)
+    return array.astype(dtype)
+
+
+def _zero_count() -> jax.Array:
+    return jnp.zeros([], jnp.int32)
+
+
+def _nested(plan: _tree.Plan, flat: EigenbasisState) -> EigenbasisState:
+    """The state as users see it, from one with lists that follow the plan."""
+    return flat._replace(
+        factors=_tree.nest(plan.leaves, flat.factors),
+        eigenbases=_tree.nest(plan.leaves, flat.eigenbases),
+        eigenvalues=_tree.nest(plan.leaves, flat.eigenvalues),
+    )
+
+
+def _flat(plan: _tree.Plan, state: EigenbasisState) -> EigenbasisState:
+    """Inverse of `_nested`, checked against the layouts."""
+    factors = _tree.find(plan.leaves, state.factors)
+    for leaf, of_leaf in zip(plan.leaves, factors, strict=True):
+        shapes = tuple(None if f is None else f.shape for f in of_leaf)
+        if shapes != leaf.layout.factor_shapes():
+            raise ValueError(
+                f"{leaf.name} must have the shape and the options for which init made "
+                f"the state: an update of shape {leaf.layout.shape} needs factors of "
+                f"shapes {leaf.layout.factor_shapes()}, got {shapes}"
+            )
+    return state._replace(
+        factors=factors,
+        eigenbases=_tree.find(plan.leaves, state.eigenbases),
+        eigenvalues=_tree.find(plan.leaves, state.eigenvalues),
+    )
+
+
+def _check_options(options: _Options) -> None:
+    frequency = options.precondition_frequency
+    _arguments.require_number("shampoo_beta", options.shampoo_beta, 0, 1)
+    if options.rcond is not None:
+        _arguments.require_number("rcond", options.rcond, 0, 1)
+    if not callable(frequency) and not isinstance(frequency, jax.Array):
+        _arguments.require_int("precondition_frequency", frequency, 1)
+    _arguments.require_choice("basis", options.basis, ("previous", "current"))
+    _arguments.require_choice("refresh", options.refresh, ("qr", "eigh"))
+    initial = ("eigh", "identity")
+    _arguments.require_choice("initial_basis", options.initial_basis, initial)
+    _arguments.require_dtype("mu_dtype", options.mu_dtype)
+    _arguments.require_dtype("precond_dtype", options.precond_dtype)
+
+
+def _check_geometry(
+    max_precond_dim: Any, block_size: Any, dimension_numbers: Any, **flags: Any
+) -> None:
+    _arguments.require_int("max_precond_dim", max_precond_dim, 0)
+    if block_size is not None:
+        _arguments.require_int("block_size", block_size, 2)
+    _arguments.require_static("dimension_numbers", dimension_numbers)
+    for name, value in flags.items():
+        _arguments.require_choice(name, value, (True, False))
+
+
+def _params_placeholder() -> type:
+    """The type with which `optax.tree.map_params` calls `init`."""
+    seen: list[type] = []
+    optax.tree.map_params(lambda params: seen.append(type(params)), lambda x: x, None)
+    return seen[0]
+
+
+_PARAMS_PLACEHOLDER = _params_placeholder()

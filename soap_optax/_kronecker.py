@@ -1,0 +1,258 @@
+"""Shampoo's Kronecker factors and their eigenbases: mathematics on one parameter.
+
+For a block G with axes 1..k, unfolded along axis i into the matrix G_(i), with factor
+M_i, eigenbasis Q_i and eigenvalue estimates e_i:
+
+    accumulate     M_i <- (1 - w) M_i + w G_(i) G_(i)^T
+    project        G' = G x_1 Q_1^T ... x_k Q_k^T       (for a matrix: Q_L^T G Q_R)
+    project_back   G = G' x_1 Q_1 ... x_k Q_k           (for a matrix: Q_L G' Q_R^T)
+    follow         e_i <- (1 - w) e_i + w diag(G'_(i) G'_(i)^T)
+    damp           G' with the numerically null directions of each M_i taken out
+    refresh        Q_i <- orthonormal columns nearer to the eigenvectors of M_i
+    change_basis   G' x_1 (Q_1^T Q_1^new)^T ...         (into the refreshed eigenbases)
+
+Arrays have the parameter's shape; its `Layout` says which axes form a factor and how
+they are cut into blocks. Factors and eigenbases are `[grid…, b, b]`, eigenvalues
+`[grid…, b]`, one per axis; None stands for the identity. See "SOAP: Improving and
+Stabilizing Shampoo using Adam", https://arxiv.org/abs/2409.11321, Algorithms 3 and 4.
+"""
+
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+
+from soap_optax._layout import Layout
+
+PerAxis = Sequence[jax.Array | None]
+
+
+def accumulate(
+    factors: PerAxis,
+    gradient: jax.Array,
+    layout: Layout,
+    weight: jax.typing.ArrayLike,
+    precision: Any,
+) -> list[jax.Array | None]:
+    """Moves each factor by `weight` towards the Gram matrix of the gradient."""
+
+    def one(factor: jax.Array | None, axis: int) -> jax.Array | None:
+        if factor is None:
+            return None
+        blocks = _blocks(gradient, factor, layout)
+        gram = _gram(blocks, axis, layout.grid, precision)
+        return _mean(factor.astype(gram.dtype), gram, weight).astype(factor.dtype)
+
+    return [one(f, axis) for f, axis in zip(factors, layout.axes, strict=True)]
+
+
+def project(
+    array: jax.Array, eigenbases: PerAxis, layout: Layout, precision: Any
+) -> jax.Array:
+    """Coordinates of `array` in the eigenbases, in its shape and dtype."""
+    return _turn(array, eigenbases, layout, precision, back=False)
+
+
+def project_back(
+    array: jax.Array, eigenbases: PerAxis, layout: Layout, precision: Any
+) -> jax.Array:
+    """Inverse of `project`."""
+    return _turn(array, eigenbases, layout, precision, back=True)
+
+
+def change_basis(
+    array: jax.Array, old: PerAxis, new: PerAxis, layout: Layout, precision: Any
+) -> jax.Array:
+    """Coordinates in the eigenbases `new` of what has coordinates `array` in `old`."""
+
+    def rotation(q: jax.Array | None, q_new: jax.Array | None) -> jax.Array | None:
+        if q is None or q_new is None:
+            return None
+        q, q_new = (_at_least_float32(x) for x in (q, q_new))
+        return jnp.einsum("...ki,...kj->...ij", q, q_new, precision=precision)
+
+    rotations = [rotation(*pair) for pair in zip(old, new, strict=True)]
+    return project(array, rotations, layout, precision)
+
+
+def follow(
+    eigenvalues: PerAxis,
+    projected: jax.Array,
+    layout: Layout,
+    weight: jax.typing.ArrayLike,
+) -> list[jax.Array | None]:
+    """Moves the eigenvalue estimates by `weight` towards the gradient's energies.
+
+    While the eigenbases stay, they follow the Rayleigh quotients of the factors so.
+    """
+
+    def one(eigenvalue: jax.Array | None, axis: int) -> jax.Array | None:
+        if eigenvalue is None:
+            return None
+        squares = jnp.square(_blocks(projected, eigenvalue, layout))
+        kept = sorted((*layout.grid, axis))
+        energy = jnp.sum(squares, [d for d in range(squares.ndim) if d not in kept])
+        energy = jnp.moveaxis(energy, kept.index(axis), -1)
+        sharding = _explicit_sharding(squares, [*layout.grid, None])
+        if sharding is not None:
+            energy = jax.sharding.reshard(energy, sharding)
+        return _mean(eigenvalue, energy, weight)
+
+    return [one(e, axis) for e, axis in zip(eigenvalues, layout.axes, strict=True)]
+
+
+def damp(
+    array: jax.Array, eigenvalues: PerAxis, layout: Layout, rcond: float | None
+) -> jax.Array:
+    """Multiplies each index of an axis by r^2 / (r^2 + rcond^2), r = e / e_max.
+
+    A factor holds squares, so that directions with an eigenvalue near the unit
+    round-off times the largest are noise of its decomposition: an elementwise
+    transformation like Adam would scale it to full-size steps.
+    """
+    if rcond is None:
+        rcond = _null_share(_at_least_float32(array))
+    for eigenvalue, axis in zip(eigenvalues, layout.axes, strict=True):
+        if eigenvalue is not None:
+            blocks = layout.to_blocks(array)
+            ratio = eigenvalue / _largest(eigenvalue)
+            share = jnp.where(ratio > 0, ratio**2 / (ratio**2 + rcond**2), 0)
+            kept = sorted((*layout.grid, axis))
+            share = jnp.moveaxis(share, -1, kept.index(axis)).astype(blocks.dtype)
+            others = [d for d in range(blocks.ndim) if d not in kept]
+            damped = blocks * jnp.expand_dims(share, others)
+            array = layout.from_blocks(damped)
+    return array
+
+
+def refresh(
+    factor: jax.Array,
+    eigenbasis: jax.Array,
+    method: Literal["qr", "eigh"],
+    precision: Any,
+) -> tuple[jax.Array, jax.Array]:
+    """A better eigenbasis of `factor`, its columns in the order of the old one's.
+
+    With P = M Q, the Rayleigh quotients diag(Q^T P) rank the columns. The ranked new
+    columns, from one power step (`"qr"`: P = Q R) or from a decomposition (`"eigh"`),
+    go back to where the old column of the same rank stood: a coordinate keeps its
+    identity, so statistics that are kept per coordinate stay valid. Numerically null
+    directions, where new columns would be round-off, keep the old ones.
+
+    Args:
+      factor: symmetric positive semi-definite, `[..., b, b]`.
+      eigenbasis: orthonormal columns, `[..., b, b]`.
+      method: `"qr"` or `"eigh"`.
+      precision: of the product M Q.
+
+    Returns:
+      Orthonormal columns, with the shape and dtype of `eigenbasis`, and estimates of
+      their eigenvalues, `[..., b]` in at least float32.
+    """
+    matrix, basis = _at_least_float32(factor), _at_least_float32(eigenbasis)
+    products = jnp.matmul(matrix, basis, precision=precision)
+    quotients = jnp.sum(basis * products, axis=-2)
+    rank = jnp.argsort(quotients, axis=-1, descending=True)
+    if method == "eigh":
+        estimates, vectors = (x[..., ::-1] for x in jnp.linalg.eigh(matrix))
+        columns = vectors * estimates[..., None, :]
+    else:
+        estimates = jnp.take_along_axis(quotients, rank, axis=-1)
+        columns = _take_columns(products, rank)
+    largest = _largest(estimates)
+    is_null = estimates <= _null_share(matrix) * largest
+    columns = jnp.where(
+        is_null[..., None, :],
+        _take_columns(basis, rank),
+        columns / largest[..., None],
+    )
+    orthonormal, triangle = jnp.linalg.qr(columns)
+    scales = jnp.abs(jnp.diagonal(triangle, axis1=-2, axis2=-1))
+    eigenvalues = jnp.where(is_null, 0, scales * largest)
+    place = jnp.argsort(rank, axis=-1)
+    return (
+        _take_columns(orthonormal, place).astype(eigenbasis.dtype),
+        jnp.take_along_axis(eigenvalues, place, axis=-1),
+    )
+
+
+def _largest(eigenvalues: jax.Array) -> jax.Array:
+    """The largest of each `[..., b]`, or 1 where all are zero, `[..., 1]`."""
+    largest = jnp.max(eigenvalues, axis=-1, keepdims=True)
+    return jnp.where(largest > 0, largest, 1)
+
+
+def _null_share(matrix: jax.Array) -> float:
+    """The share of the largest eigenvalue under which one is round-off."""
+    return 10 * float(jnp.finfo(matrix.dtype).eps)
+
+
+def _take_columns(matrix: jax.Array, indices: jax.Array) -> jax.Array:
+    return jnp.take_along_axis(matrix, indices[..., None, :], axis=-1)
+
+
+def _mean(old: jax.Array, new: jax.Array, weight: jax.typing.ArrayLike) -> jax.Array:
+    weight = jnp.asarray(weight, new.dtype)
+    return (1 - weight) * old + weight * new
+
+
+def _widest(*dtypes: Any) -> Any:
+    return max((jnp.dtype(d) for d in dtypes), key=lambda d: jnp.finfo(d).bits)
+
+
+def _at_least_float32(array: jax.Array) -> jax.Array:
+    return array.astype(_widest(jnp.float32, array.dtype))
+
+
+def _blocks(array: jax.Array, like: jax.Array, layout: Layout) -> jax.Array:
+    """The blocks of `array`, in the dtype of computing with it and `like`."""
+    dtype = _widest(jnp.float32, array.dtype, like.dtype)
+    return layout.to_blocks(array.astype(dtype))
+
+
+def _gram(
+    blocks: jax.Array, axis: int, grid: Sequence[int], precision: Any
+) -> jax.Array:
+    """G_(axis) G_(axis)^T for each block, `[grid…, b, b]`."""
+    rows = list(range(blocks.ndim))
+    columns = [blocks.ndim if d == axis else d for d in rows]
+    return jnp.einsum(
+        *(blocks, rows, blocks, columns, [*grid, axis, blocks.ndim]),
+        precision=precision,
+        out_sharding=_explicit_sharding(blocks, [*grid, None, None]),
+    )
+
+
+def _turn(
+    array: jax.Array, bases: PerAxis, layout: Layout, precision: Any, *, back: bool
+) -> jax.Array:
+    """Multiplies each axis of each block by Q^T, or by Q to go `back`."""
+    turned = array
+    for basis, axis in zip(bases, layout.axes, strict=True):
+        if basis is not None:
+            blocks = _blocks(turned, basis, layout)
+            old = list(range(blocks.ndim))
+            new = [blocks.ndim if d == axis else d for d in old]
+            entry = [blocks.ndim, axis] if back else [axis, blocks.ndim]
+            blocks = jnp.einsum(
+                *(blocks, old, basis.astype(blocks.dtype), [*layout.grid, *entry], new),
+                precision=precision,
+                out_sharding=_explicit_sharding(blocks, old),
+            )
+            turned = layout.from_blocks(blocks)
+    return turned.astype(array.dtype)
+
+
+def _explicit_sharding(
+    blocks: jax.Array, dims: Sequence[int | None]
+) -> jax.sharding.NamedSharding | None:
+    """The sharding of an array with these dimensions of `blocks`, None: not sharded.
+
+    Only on a mesh with explicit axes, where a product has to say how it is sharded.
+    """
+    sharding = jax.typeof(blocks).sharding
+    if jax.sharding.AxisType.Explicit not in sharding.mesh.axis_types:
+        return None
+    spec = jax.P(*(None if d is None else sharding.spec[d] for d in dims))
+    return jax.sharding.NamedSharding(sharding.mesh, spec)

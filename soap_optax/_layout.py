@@ -1,0 +1,226 @@
+"""A parameter's plan: the axes that form each factor, and how they are cut into blocks.
+
+A `Layout` follows from the *shape* of a parameter and the options alone. It owns all
+shape arithmetic: parameter-shaped arrays are viewed as arrays of blocks by `to_blocks`
+and come back by `from_blocks`, so that everything kept between steps has the shape of
+the parameter.
+"""
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax
+
+
+class DimensionNumbers(NamedTuple):
+    """The axes of a parameter that form each Kronecker factor.
+
+    The array is preconditioned as a tensor with one (merged) axis per group. Axes that
+    no group names are batch axes: every index along them has factors of its own, as
+    for scanned layers, experts or heads. `optax.contrib.MuonDimensionNumbers(r, o)` is
+    accepted wherever this is, and means `DimensionNumbers((r, o))`.
+
+    Attributes:
+      factor_axes: one entry per factor, an axis or a sequence of axes (negative ones
+        count from the end). The axes of an entry are merged in ascending order.
+
+    Example:
+      >>> # [layers, heads, head_dim, width]: one factor of heads * head_dim, one of
+      >>> # width, for each layer separately
+      >>> DimensionNumbers(factor_axes=((1, 2), 3))
+      DimensionNumbers(factor_axes=((1, 2), 3))
+    """
+
+    factor_axes: Sequence[int | Sequence[int]]
+
+
+def is_dimension_numbers(value: Any) -> bool:
+    """Whether `value` is a `DimensionNumbers` or has the fields of Muon's."""
+    return isinstance(value, DimensionNumbers) or (
+        hasattr(value, "reduction_axis") and hasattr(value, "output_axis")
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class Layout:
+    """How an array of shape `shape` is viewed as an array of equal blocks.
+
+    Attributes:
+      shape: the parameter's shape.
+      order: its axes, permuted only where the axes of one factor are not adjacent.
+      view: shape of the array of blocks, for instance `[m/b1, b1, n/b2, b2]`.
+      grid: the axes of the view that number the blocks: batch axes and block indices.
+      axes: the axes of the view along a block, one per factor.
+      factored: for each of `axes`, whether it has a factor or keeps the identity.
+    """
+
+    shape: tuple[int, ...]
+    order: tuple[int, ...]
+    view: tuple[int, ...]
+    grid: tuple[int, ...]
+    axes: tuple[int, ...]
+    factored: tuple[bool, ...]
+
+    def to_blocks(self, array: jax.Array) -> jax.Array:
+        """Views a parameter-shaped array as an array of blocks."""
+        return array.transpose(self.order).reshape(self.view)
+
+    def from_blocks(self, blocks: jax.Array) -> jax.Array:
+        """Inverse of `to_blocks`."""
+        inverse = sorted(range(len(self.order)), key=self.order.__getitem__)
+        ordered = blocks.reshape([self.shape[axis] for axis in self.order])
+        return ordered.transpose(inverse)
+
+    def factor_shapes(self) -> tuple[tuple[int, ...] | None, ...]:
+        """The shape `[grid…, b, b]` of each factor, None where it is the identity."""
+        grid = tuple(self.view[axis] for axis in self.grid)
+        return tuple(
+            (*grid, self.view[axis], self.view[axis]) if has_factor else None
+            for axis, has_factor in zip(self.axes, self.factored, strict=True)
+        )
+
+
+def _identity(shape: tuple[int, ...]) -> Layout:
+    """The layout of a parameter without factors."""
+    axes = tuple(range(len(shape)))
+    return Layout(shape, axes, shape, (), axes, (False,) * len(shape))
+
+
+def make_layout(
+    shape: Sequence[int],
+    *,
+    max_precond_dim: int,
+    merge_dims: bool,
+    precondition_1d: bool,
+    one_sided: bool,
+    block_size: int | None,
+    dimension_numbers: Any = None,
+) -> Layout:
+    """Plans a parameter; see `soap_optax.soap` for the options.
+
+    Args:
+      shape: the parameter's shape.
+      max_precond_dim: an axis of a block longer than this keeps the identity.
+      merge_dims: merge adjacent axes while their product is at most `max_precond_dim`.
+      precondition_1d: whether vectors have a factor.
+      one_sided: keep only the factor of the smallest axis of a block.
+      block_size: upper bound of a block's side, None for whole axes.
+      dimension_numbers: overrides the shape rule (merging, vectors) where not None.
+
+    Returns:
+      The `Layout`.
+
+    Raises:
+      ValueError: if `dimension_numbers` repeats an axis or names one that is not there.
+    """
+    shape = tuple(shape)
+    if dimension_numbers is not None:
+        groups = _named_groups(shape, dimension_numbers)
+    elif len(shape) == 1 and not precondition_1d:
+        groups = []
+    elif merge_dims and len(shape) > 1:
+        groups = _merged_groups(shape, max_precond_dim)
+    else:
+        groups = [(axis,) for axis in range(len(shape))]
+    sizes = [math.prod(shape[axis] for axis in group) for group in groups]
+    blocks = [_block(size, block_size) for size in sizes]
+    factored = [1 < block <= max_precond_dim for block in blocks]
+    if one_sided and any(factored):
+        smallest = min(
+            (i for i, has_factor in enumerate(factored) if has_factor),
+            key=blocks.__getitem__,
+        )
+        factored = [i == smallest for i in range(len(blocks))]
+    if 0 in shape or not any(factored):
+        return _identity(shape)
+    return _assemble(shape, groups, blocks, factored)
+
+
+def _assemble(
+    shape: tuple[int, ...],
+    groups: Sequence[tuple[int, ...]],
+    blocks: Sequence[int],
+    factored: Sequence[bool],
+) -> Layout:
+    """Lays out batch axes and groups in the order of the parameter's axes."""
+    group_of = {axis: i for i, group in enumerate(groups) for axis in group}
+    order: list[int] = []
+    view: list[int] = []
+    grid: list[int] = []
+    axes = [0] * len(groups)
+    for axis, size in enumerate(shape):
+        if axis in order:
+            continue
+        if axis not in group_of:
+            order.append(axis)
+            grid.append(len(view))
+            view.append(size)
+            continue
+        i = group_of[axis]
+        order.extend(groups[i])
+        count = math.prod(shape[member] for member in groups[i]) // blocks[i]
+        if count > 1:
+            grid.append(len(view))
+            view.append(count)
+        axes[i] = len(view)
+        view.append(blocks[i])
+    return Layout(
+        shape, tuple(order), tuple(view), tuple(grid), tuple(axes), tuple(factored)
+    )
+
+
+def _named_groups(
+    shape: tuple[int, ...], dimension_numbers: Any
+) -> list[tuple[int, ...]]:
+    """The groups of axes that dimension numbers name, ascending and non-negative."""
+    if isinstance(dimension_numbers, DimensionNumbers):
+        named = dimension_numbers.factor_axes
+    else:
+        named = (dimension_numbers.reduction_axis, dimension_numbers.output_axis)
+    groups = [tuple(g) if isinstance(g, Sequence) else (g,) for g in named]
+    rank = len(shape)
+    flat = [axis for group in groups for axis in group]
+    if any(not -rank <= axis < rank for axis in flat):
+        raise ValueError(
+            f"dimension_numbers must name axes of the parameter (rank {rank}, shape "
+            f"{shape}), got {dimension_numbers}"
+        )
+    if len({axis % rank for axis in flat}) < len(flat) or not all(groups):
+        raise ValueError(
+            "dimension_numbers must name an axis at most once, and at least one axis "
+            f"per factor, got {dimension_numbers} for shape {shape}"
+        )
+    return [tuple(sorted(axis % rank for axis in group)) for group in groups]
+
+
+def _merged_groups(
+    shape: tuple[int, ...], max_precond_dim: int
+) -> list[tuple[int, ...]]:
+    """Adjacent axes, merged from the left while the product allows it, as published."""
+    groups: list[tuple[int, ...]] = []
+    run: tuple[int, ...] = ()
+    for axis, size in enumerate(shape):
+        merged = math.prod(shape[member] for member in run)
+        if merged * size <= max_precond_dim or merged == 1:
+            run = (*run, axis)
+        else:
+            groups.append(run)
+            run = (axis,)
+        if size > max_precond_dim and run:
+            groups.append(run)
+            run = ()
+    return [*groups, run] if run else groups
+
+
+def _block(size: int, block_size: int | None) -> int:
+    """The side of equal blocks: the largest divisor of `size` up to `block_size`.
+
+    An axis whose largest such divisor is 1 or below an eighth of `block_size` stays
+    whole: many tiny blocks precondition next to nothing.
+    """
+    if block_size is None or size <= block_size:
+        return size
+    divisor = next(b for b in range(block_size, 0, -1) if size % b == 0)
+    return size if divisor == 1 or 8 * divisor < block_size else divisor

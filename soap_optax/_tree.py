@@ -1,0 +1,183 @@
+"""From a tree of parameters to a list of plans, and from lists back to trees.
+
+The transformation works on lists that follow the parameters. Here they get their paths,
+layouts and dtypes, with errors that name the parameter, and what belongs to them is
+found in, or put into, the state.
+"""
+
+import collections
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from soap_optax import _arguments
+from soap_optax._layout import DimensionNumbers, Layout, is_dimension_numbers
+
+
+@dataclasses.dataclass(frozen=True)
+class Leaf:
+    """What is static about one parameter.
+
+    Attributes:
+      path: its keys in the tree.
+      keys: its keys in nested dicts.
+      layout: its factors and blocks.
+      dtype: that of its moments, at least float32.
+    """
+
+    path: tuple[Any, ...]
+    keys: tuple[str, ...]
+    layout: Layout
+    dtype: Any
+
+    @property
+    def name(self) -> str:
+        """The path as errors name it."""
+        return jax.tree_util.keystr(self.path) or "the parameter"
+
+
+class Plan(NamedTuple):
+    """A tree of arrays: its structure and, in the same order, leaves and arrays."""
+
+    treedef: Any
+    leaves: list[Leaf]
+    arrays: list[Any]
+
+
+def make_plan(
+    tree: Any, layout_of: Callable[..., Layout], dimension_numbers: Any
+) -> Plan:
+    """Plans each parameter of a tree.
+
+    Args:
+      tree: parameters, or anything with their structure and shapes.
+      layout_of: `make_layout` with all options but `dimension_numbers`.
+      dimension_numbers: as given to `in_eigenbasis`.
+
+    Returns:
+      The `Plan`.
+
+    Raises:
+      ValueError: naming the parameter, if it is not real floating point or its
+        dimension numbers do not fit.
+    """
+    entries, treedef = jax.tree_util.tree_flatten_with_path(tree)
+    keys = _dict_keys([path for path, _ in entries])
+    numbers = _resolve_dimension_numbers(dimension_numbers, tree, len(entries))
+    arrays = [a if hasattr(a, "dtype") else jnp.asarray(a) for _, a in entries]
+    leaves = []
+    for i, ((path, _), array) in enumerate(zip(entries, arrays, strict=True)):
+        name = jax.tree_util.keystr(path) or "the parameter"
+        if not jnp.issubdtype(array.dtype, jnp.floating):
+            raise ValueError(
+                f"{name} must be real floating point, got {array.dtype} (for complex "
+                "parameters see optax.contrib.split_real_and_imaginary)"
+            )
+        try:
+            layout = layout_of(array.shape, dimension_numbers=numbers[i])
+        except ValueError as error:
+            raise ValueError(f"{name}: {error}") from error
+        dtype = jnp.promote_types(array.dtype, jnp.float32)
+        leaves.append(Leaf(path, keys[i], layout, dtype))
+    return Plan(treedef, leaves, arrays)
+
+
+def _dict_keys(paths: Sequence[tuple[Any, ...]]) -> list[tuple[str, ...]]:
+    """The names on each path, without the `value` of a box around a parameter.
+
+    Flax boxes parameters to hold metadata, and NNX gives init boxes, update arrays.
+    """
+    names = [tuple(jax.tree_util.keystr((k,), simple=True) for k in p) for p in paths]
+    siblings = collections.Counter(path[:i] for path in names for i in range(len(path)))
+    return [
+        path[:-1] if path[-1:] == ("value",) and siblings[path[:-1]] == 1 else path
+        for path in names
+    ]
+
+
+def nest(leaves: Sequence[Leaf], values: Sequence[Sequence[Any]]) -> Any:
+    """Nested dicts by the keys of each leaf's path, with its values as a tuple."""
+    root: dict[str, Any] = {}
+    for leaf, value in zip(leaves, values, strict=True):
+        *parents, last = "", *leaf.keys
+        node = root
+        for key in parents:
+            node = node.setdefault(key, {})
+        node[last] = tuple(value)
+    return root.get("", {})
+
+
+def find(leaves: Sequence[Leaf], nested: Any) -> list[list[Any]]:
+    """Inverse of `nest`, with an empty list for a leaf that is not there."""
+
+    def one(leaf: Leaf) -> list[Any]:
+        node = nested
+        for key in leaf.keys:
+            node = node.get(key, {}) if isinstance(node, dict) else {}
+        return list(node) if isinstance(node, (tuple, list)) else []
+
+    return [one(leaf) for leaf in leaves]
+
+
+def split_first_moments(
+    inner_state: optax.OptState, leaves: Sequence[Leaf], names: Sequence[str]
+) -> tuple[list[int], list[Any], Callable[[Sequence[Any]], optax.OptState]]:
+    """Takes the first moments out of a state.
+
+    An array of the state belongs to a parameter if its path ends in the parameter's
+    and it has its shape; it is a first moment if the field before is in `names`.
+
+    Returns:
+      For each first moment the index of its leaf, the moments, and a function that
+      makes the state with other moments.
+    """
+    index = {leaf.path: i for i, leaf in enumerate(leaves)}
+    treedef: Any
+    entries, treedef = jax.tree_util.tree_flatten_with_path(inner_state)
+    values = [value for _, value in entries]
+    found: dict[int, int] = {}
+    for position, (path, value) in enumerate(entries):
+        ends = (k for k in range(1, len(path) + 1) if path[k:] in index)
+        start = next(ends, None)
+        if start is not None and getattr(path[start - 1], "name", None) in names:
+            i = index[path[start:]]
+            if value.shape == leaves[i].layout.shape:
+                found[position] = i
+
+    def merge(moments: Sequence[Any]) -> optax.OptState:
+        changed = dict(zip(found, moments, strict=True))
+        return treedef.unflatten(changed.get(i, v) for i, v in enumerate(values))
+
+    return list(found.values()), [values[position] for position in found], merge
+
+
+def _resolve_dimension_numbers(numbers: Any, tree: Any, count: int) -> list[Any]:
+    """The dimension numbers of each parameter, None where the shape decides."""
+    if callable(numbers):
+        numbers = numbers(tree)
+    if numbers is None or is_dimension_numbers(numbers):
+        return [numbers] * count
+    # A parameter may be absent (masked or filtered out) and still have an entry.
+    treedef: Any
+    present, treedef = jax.tree.flatten(tree, is_leaf=_is_absent)
+    try:
+        named = treedef.flatten_up_to(numbers)
+    except ValueError as error:
+        raise ValueError(
+            "dimension_numbers must be a tree with the structure of the parameters; "
+            f"{error}"
+        ) from error
+    named = [n for p, n in zip(present, named, strict=True) if not _is_absent(p)]
+    for n in named:
+        rule = "DimensionNumbers, MuonDimensionNumbers or None for each parameter"
+        holds = n is None or is_dimension_numbers(n)
+        _arguments.require("dimension_numbers", n, rule, holds)
+    return [DimensionNumbers(()) if n is None else n for n in named]
+
+
+def _is_absent(node: Any) -> bool:
+    return node is None or isinstance(node, optax.MaskedNode)

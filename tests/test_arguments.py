@@ -1,0 +1,135 @@
+"""Bad input is refused, naming argument (or parameter), rule and value."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import soap_optax
+from soap_optax import DimensionNumbers
+
+
+@pytest.mark.parametrize(
+    ("argument", "value"),
+    [
+        ("learning_rate", -1e-3),
+        ("learning_rate", float("nan")),
+        ("learning_rate", "fast"),
+        ("b1", 1.0),
+        ("b1", -0.1),
+        ("b2", 1.5),
+        ("b2", None),
+        ("eps", -1e-8),
+        ("eps", float("inf")),
+        ("weight_decay", -0.1),
+        ("shampoo_beta", 1.0),
+        ("shampoo_beta", -1),
+        ("precondition_frequency", 0),
+        ("precondition_frequency", 2.5),
+        ("precondition_frequency", True),
+        ("precondition_frequency", "often"),
+        ("precondition_frequency", None),
+        ("max_precond_dim", -1),
+        ("max_precond_dim", 2.5),
+        ("max_precond_dim", None),
+        ("merge_dims", "yes"),
+        ("precondition_1d", 2),
+        ("one_sided", None),
+        ("block_size", 1),
+        ("block_size", 0),
+        ("block_size", 12.5),
+        ("basis", "next"),
+        ("refresh", "svd"),
+        ("initial_basis", None),
+        ("mu_dtype", jnp.int32),
+        ("mu_dtype", "half precision"),
+        ("precond_dtype", jnp.complex64),
+        ("rcond", -1.0),
+        ("rcond", 2.0),
+    ],
+)
+def test_arguments(argument, value):
+    arguments = {"learning_rate": 1e-3, argument: value}
+    with pytest.raises(ValueError, match=f"^{argument} must be ") as error:
+        soap_optax.soap(**arguments)
+    assert repr(value) in str(error.value)
+
+
+def test_inner():
+    with pytest.raises(ValueError, match="^inner must be an optax"):
+        soap_optax.in_eigenbasis(optax.scale_by_adam)
+
+
+@pytest.mark.parametrize(
+    "name", ["b1", "eps", "shampoo_beta", "precondition_frequency"]
+)
+def test_traced_arguments_pass(name):
+    @jax.jit
+    def update(value):
+        tx = soap_optax.scale_by_soap(**{name: value})
+        return tx.update(jnp.ones((3, 2)), tx.init(jnp.ones((3, 2))))[0]
+
+    assert np.isfinite(update(3 if name == "precondition_frequency" else 0.5)).all()
+
+
+@pytest.mark.parametrize("dtype", [jnp.complex64, jnp.int32, jnp.bool_])
+def test_parameters_that_are_not_real_floating_point(dtype):
+    params = {"layer": {"w": jnp.ones((3, 2), dtype)}}
+    message = r"\['layer'\]\['w'\] must be real floating point, got "
+    tx = soap_optax.soap(1e-3)
+    with pytest.raises(ValueError, match=message):
+        tx.init(params)
+    state = tx.init({"layer": {"w": jnp.ones((3, 2))}})
+    with pytest.raises(ValueError, match=message):
+        tx.update(params, state, params)
+
+
+@pytest.mark.parametrize(
+    ("numbers", "message"),
+    [
+        ({"w": DimensionNumbers((0, 2))}, r"\['w'\]: dimension_numbers must name axes"),
+        (
+            {"w": DimensionNumbers((0, 0))},
+            r"\['w'\]: dimension_numbers must name an axis",
+        ),
+        (DimensionNumbers((0, 5)), r"\['w'\]: dimension_numbers must name axes"),
+        ({"v": None}, "dimension_numbers must be a tree with the structure"),
+        ({"w": 3}, "dimension_numbers must be DimensionNumbers, .* got 3"),
+        ({"w": (0, 1)}, r"dimension_numbers must be DimensionNumbers, .* got \(0, 1\)"),
+    ],
+)
+def test_dimension_numbers(numbers, message):
+    tx = soap_optax.soap(1e-3, dimension_numbers=numbers)
+    with pytest.raises(ValueError, match=message):
+        tx.init({"w": jnp.ones((3, 2))})
+
+
+@pytest.mark.parametrize(
+    ("updates", "name"),
+    [
+        ({"w": jnp.ones((3, 3)), "b": jnp.ones(2)}, r"\['w'\]"),
+        ({"other": jnp.ones((3, 2)), "b": jnp.ones(2)}, r"\['other'\]"),
+        ({"w": {"deeper": jnp.ones((3, 2))}, "b": jnp.ones(2)}, r"\['w'\]\['deeper'\]"),
+    ],
+)
+def test_updates_unlike_the_parameters(updates, name):
+    tx = soap_optax.scale_by_soap()
+    state = tx.init({"w": jnp.ones((3, 2)), "b": jnp.ones(2)})
+    with pytest.raises(ValueError, match=f"^{name} must have the shape"):
+        tx.update(updates, state)
+
+
+def test_state_of_another_configuration():
+    params = {"w": jnp.ones((8, 8))}
+    state = soap_optax.scale_by_soap().init(params)
+    with pytest.raises(
+        ValueError, match=r"^\['w'\] must have .* options .*\(2, 2, 4, 4\)"
+    ):
+        soap_optax.scale_by_soap(block_size=4).update(params, state)
+
+
+def test_lists_and_python_numbers_are_parameters():
+    tx = soap_optax.soap(0.1, basis="current")
+    updates, _ = tx.update([1.0, 2.0], tx.init([3.0, 4.0]), [3.0, 4.0])
+    np.testing.assert_allclose(jnp.stack(updates), -0.1, rtol=1e-6)

@@ -1,0 +1,194 @@
+"""SOAP in Flax linen, Flax NNX and Equinox, saved and restored by Orbax."""
+
+import equinox as eqx
+import flax.linen as nn
+import flax.serialization
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import orbax.checkpoint as ocp
+import pytest
+from flax import nnx
+from flax.training.train_state import TrainState
+
+import soap_optax
+
+RNG = np.random.default_rng(0)
+INPUTS = jnp.asarray(RNG.normal(size=(64, 6)), jnp.float32)
+TARGETS = jnp.tanh(INPUTS @ jnp.asarray(RNG.normal(size=(6, 3)), jnp.float32))
+
+
+def make_tx():
+    return soap_optax.soap(0.02, b1=0.9, precondition_frequency=4)
+
+
+def squared_error(outputs):
+    return jnp.mean((outputs - TARGETS) ** 2)
+
+
+class Mlp(nn.Module):
+    """With metadata boxes around the kernels."""
+
+    boxed: bool = False
+
+    @nn.compact
+    def __call__(self, x):
+        kernel_init = nn.initializers.lecun_normal()
+        if self.boxed:
+            kernel_init = nn.with_partitioning(kernel_init, (None, "model"))
+        x = nn.tanh(nn.Dense(16, kernel_init=kernel_init)(x))
+        return nn.Dense(3, kernel_init=kernel_init)(x)
+
+
+def linen_state(boxed=False):
+    model = Mlp(boxed)
+    params = model.init(jax.random.key(0), INPUTS)["params"]
+    return TrainState.create(apply_fn=model.apply, params=params, tx=make_tx())
+
+
+@jax.jit
+def linen_step(state):
+    def loss_fn(params):
+        return squared_error(state.apply_fn({"params": params}, INPUTS))
+
+    loss, grads = jax.value_and_grad(loss_fn)(state.params)
+    return state.apply_gradients(grads=grads), loss
+
+
+@pytest.mark.parametrize("boxed", [False, True])
+def test_linen_train_state(boxed):
+    state = linen_state(boxed)
+    losses = []
+    for _ in range(50):
+        state, loss = linen_step(state)
+        losses.append(float(loss))
+    assert losses[-1] < 0.2 * losses[0]
+
+
+def test_linen_metadata_stays_with_the_moments():
+    state = linen_state(boxed=True)
+    state, _ = linen_step(state)
+    soap = state.opt_state[0]
+    assert isinstance(soap.inner_state.mu["Dense_0"]["kernel"], nn.Partitioned)
+    specs = nn.get_partition_spec(jax.eval_shape(lambda: state.opt_state))
+    assert specs[0].inner_state.nu["Dense_0"]["kernel"] == jax.P(None, "model")
+    assert set(jax.tree.leaves(specs[0].factors)) == {jax.P()}
+
+
+def test_nnx_optimizer():
+    class Model(nnx.Module):
+        def __init__(self, rngs):
+            self.hidden = nnx.Linear(6, 16, rngs=rngs)
+            self.out = nnx.Linear(16, 3, rngs=rngs)
+
+        def __call__(self, x):
+            return self.out(nnx.tanh(self.hidden(x)))
+
+    model = Model(nnx.Rngs(0))
+    optimizer = nnx.Optimizer(model, make_tx(), wrt=nnx.Param)
+
+    @nnx.jit
+    def step(model, optimizer):
+        loss_fn = lambda model: squared_error(model(INPUTS))  # noqa: E731
+        loss, grads = nnx.value_and_grad(loss_fn)(model)
+        optimizer.update(model, grads)
+        return loss
+
+    losses = [float(step(model, optimizer)) for _ in range(50)]
+    assert losses[-1] < 0.2 * losses[0]
+
+
+def test_equinox():
+    model = eqx.nn.MLP(6, 3, 16, 1, activation=jnp.tanh, key=jax.random.key(0))
+    tx = make_tx()
+    opt_state = tx.init(eqx.filter(model, eqx.is_inexact_array))
+
+    @eqx.filter_jit
+    def step(model, opt_state):
+        loss_fn = lambda model: squared_error(jax.vmap(model)(INPUTS))  # noqa: E731
+        loss, grads = eqx.filter_value_and_grad(loss_fn)(model)
+        params = eqx.filter(model, eqx.is_inexact_array)
+        updates, opt_state = tx.update(grads, opt_state, params)
+        return eqx.apply_updates(model, updates), opt_state, loss
+
+    losses = []
+    for _ in range(50):
+        model, opt_state, loss = step(model, opt_state)
+        losses.append(float(loss))
+    assert losses[-1] < 0.2 * losses[0]
+
+
+@pytest.mark.parametrize(
+    "container",
+    [
+        lambda w, b: (w, b),
+        lambda w, b: [w, {"b": b}],
+        lambda w, b: {"layer": {0: w, 1: b}},
+        lambda w, b: {"w": w, "none": None, "b": b},
+        lambda w, b: w,
+    ],
+)
+def test_containers(container):
+    params = container(jnp.ones((4, 3)), jnp.ones(3))
+    tx = make_tx()
+    state = tx.init(params)
+    updates, new_state = jax.jit(tx.update)(params, state, params)
+    assert jax.tree.structure(updates) == jax.tree.structure(params)
+    assert jax.tree.structure(new_state) == jax.tree.structure(state)
+
+
+def run(state, steps):
+    for _ in range(steps):
+        state, _ = linen_step(state)
+    return state
+
+
+def assert_equal(a, b):
+    jax.tree.map(np.testing.assert_array_equal, a, b)
+
+
+def saved_part(state):
+    return {"step": state.step, "params": state.params, "opt_state": state.opt_state}
+
+
+@pytest.mark.parametrize("after", [6, 8])
+def test_orbax_resumes_bit_for_bit(tmp_path, after):
+    """After 6 steps, between refreshes, and after 8."""
+    state = run(linen_state(), after)
+    with ocp.StandardCheckpointer() as checkpointer:
+        checkpointer.save(tmp_path / "state", saved_part(state))
+    fresh = linen_state()
+    with ocp.StandardCheckpointer() as checkpointer:
+        target = jax.tree.map(ocp.utils.to_shape_dtype_struct, saved_part(fresh))
+        restored = fresh.replace(**checkpointer.restore(tmp_path / "state", target))
+    assert_equal(restored.opt_state, state.opt_state)
+    assert_equal(saved_part(run(restored, 7)), saved_part(run(state, 7)))
+
+
+def test_flax_serialization_resumes_bit_for_bit():
+    state = run(linen_state(), 6)
+    data = flax.serialization.to_bytes(saved_part(state))
+    fresh = linen_state()
+    restored = flax.serialization.from_bytes(saved_part(fresh), data)
+    restored = fresh.replace(**restored)
+    assert_equal(saved_part(run(restored, 7)), saved_part(run(state, 7)))
+
+
+def test_donated_buffers():
+    tx = make_tx()
+    params = {"w": jnp.ones((4, 3))}
+    grads = [{"w": jnp.asarray(RNG.normal(size=(4, 3)))} for _ in range(10)]
+
+    def step(params, state, grads):
+        updates, state = tx.update(grads, state, params)
+        return optax.apply_updates(params, updates), state
+
+    def trajectory(step):
+        x, state = jax.tree.map(jnp.copy, params), tx.init(params)
+        for g in grads:
+            x, state = step(x, state, jax.tree.map(jnp.copy, g))
+        return x, state
+
+    donating = jax.jit(step, donate_argnums=(0, 1))
+    assert_equal(trajectory(donating), trajectory(jax.jit(step)))

@@ -1,0 +1,147 @@
+"""The mathematics on one parameter, under strict promotion of dtypes."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from soap_optax import _kronecker
+from soap_optax._layout import make_layout
+
+
+@pytest.fixture(autouse=True)
+def strict():
+    with jax.numpy_dtype_promotion("strict"):
+        yield
+
+
+def layout(*shape, block_size=None):
+    return make_layout(
+        shape,
+        max_precond_dim=100,
+        merge_dims=False,
+        precondition_1d=False,
+        one_sided=False,
+        block_size=block_size,
+    )
+
+
+def normal(*shape, seed=0):
+    return jnp.asarray(np.random.default_rng(seed).normal(size=shape))
+
+
+def orthogonal(size, seed=0):
+    return jnp.asarray(np.linalg.qr(normal(size, size, seed=seed))[0])
+
+
+def test_project_is_a_kronecker_product():
+    gradient, left, right = normal(4, 3), orthogonal(4), orthogonal(3)
+    projected = _kronecker.project(gradient, [left, right], layout(4, 3), None)
+    expected = np.kron(left, right).T @ gradient.reshape(-1)  # row-major vec
+    np.testing.assert_allclose(projected.reshape(-1), expected, atol=1e-14)
+
+
+@pytest.mark.parametrize("block_size", [None, 2])
+def test_project_back_inverts_project(block_size):
+    plan = layout(4, 6, 2, block_size=block_size)
+    array = normal(4, 6, 2)
+    shapes = plan.factor_shapes()
+    bases = [jnp.linalg.qr(normal(*shape, seed=i)).Q for i, shape in enumerate(shapes)]
+    there = _kronecker.project(array, bases, plan, "highest")
+    back = _kronecker.project_back(there, bases, plan, "highest")
+    assert np.abs(there - array).max() > 0.1
+    np.testing.assert_allclose(back, array, atol=1e-14)
+
+
+def test_accumulate_is_the_mean_of_gram_matrices():
+    gradient = normal(4, 3, 2)
+    factors = [normal(4, 4, seed=1), None, normal(2, 2, seed=2)]
+    new = _kronecker.accumulate(factors, gradient, layout(4, 3, 2), 0.25, None)
+    rows = gradient.reshape(4, 6)
+    np.testing.assert_allclose(new[0], 0.75 * factors[0] + 0.25 * rows @ rows.T)
+    assert new[1] is None
+    rows = gradient.reshape(12, 2)
+    np.testing.assert_allclose(new[2], 0.75 * factors[2] + 0.25 * rows.T @ rows)
+
+
+def test_change_basis_is_back_and_there():
+    plan, array = layout(4, 3), normal(4, 3)
+    old = [orthogonal(4, 1), orthogonal(3, 2)]
+    new = [orthogonal(4, 3), orthogonal(3, 4)]
+    changed = _kronecker.change_basis(array, old, new, plan, None)
+    parameter = _kronecker.project_back(array, old, plan, None)
+    expected = _kronecker.project(parameter, new, plan, None)
+    np.testing.assert_allclose(changed, expected, atol=1e-14)
+
+
+def test_follow_gives_the_rayleigh_quotients():
+    plan, gradient = layout(4, 3), normal(4, 3)
+    bases = [orthogonal(4), orthogonal(3)]
+    zeros = [jnp.zeros(4), jnp.zeros(3)]
+    projected = _kronecker.project(gradient, bases, plan, None)
+    energies = _kronecker.follow(zeros, projected, plan, 0.5)
+    factors = [0.5 * gradient @ gradient.T, 0.5 * gradient.T @ gradient]
+    for energy, factor, q in zip(energies, factors, bases, strict=True):
+        np.testing.assert_allclose(energy, np.diag(q.T @ factor @ q), rtol=1e-12)
+
+
+def test_damp_takes_out_null_directions_only():
+    plan, update = layout(3, 2), jnp.ones((3, 2))
+    eigenvalues = [jnp.array([1.0, 1e-4, 1e-17]), jnp.array([2.0, 1.0])]
+    damped = _kronecker.damp(update, eigenvalues, plan, None)
+    np.testing.assert_allclose(damped[:2], 1, rtol=1e-12)
+    assert np.all(damped[2] < 1e-4) and np.all(damped[2] > 0)
+    np.testing.assert_array_equal(_kronecker.damp(update, eigenvalues, plan, 0.0), 1)
+    zeros = [jnp.zeros(3), jnp.zeros(2)]
+    np.testing.assert_array_equal(_kronecker.damp(update, zeros, plan, None), 0)
+
+
+def spectrum_and_basis(size):
+    basis = orthogonal(size, seed=5)
+    values = np.linspace(1, 3, size) ** 4
+    return basis @ jnp.diag(jnp.asarray(values)) @ basis.T, basis, values
+
+
+@pytest.mark.parametrize("method", ["qr", "eigh"])
+def test_refresh_keeps_the_identity_of_coordinates(method):
+    factor, basis, values = spectrum_and_basis(6)
+    shuffle = np.random.default_rng(0).permutation(6)
+    near = jnp.linalg.qr(basis[:, shuffle] + 0.01 * normal(6, 6)).Q
+    new, eigenvalues = _kronecker.refresh(factor, near, method, None)
+    overlap = np.abs(basis[:, shuffle].T @ new)
+    np.testing.assert_allclose(overlap, np.eye(6), atol=0.05)
+    np.testing.assert_allclose(eigenvalues, values[shuffle], rtol=0.05)
+    np.testing.assert_allclose(new.T @ new, np.eye(6), atol=1e-14)
+
+
+def test_qr_refreshes_converge_to_the_eigenbasis():
+    factor, _, values = spectrum_and_basis(6)
+    basis = jnp.eye(6)
+    for _ in range(100):
+        basis, eigenvalues = _kronecker.refresh(factor, basis, "qr", None)
+    rotated = basis.T @ factor @ basis
+    np.testing.assert_allclose(rotated, np.diag(np.diag(rotated)), atol=1e-9)
+    np.testing.assert_allclose(np.sort(eigenvalues), values, rtol=1e-9)
+
+
+@pytest.mark.parametrize("method", ["qr", "eigh"])
+def test_refresh_of_a_batch_is_the_refresh_of_each(method):
+    rows = normal(3, 5, 8)
+    factors = rows @ rows.transpose(0, 2, 1)
+    bases = jnp.linalg.qr(normal(3, 5, 5, seed=1)).Q
+    together = _kronecker.refresh(factors, bases, method, None)
+    for i in range(3):
+        alone = _kronecker.refresh(factors[i], bases[i], method, None)
+        for batch, one in zip(together, alone, strict=True):
+            np.testing.assert_allclose(batch[i], one, atol=1e-13)
+
+
+@pytest.mark.parametrize("method", ["qr", "eigh"])
+def test_refresh_of_zero_and_of_bfloat16(method):
+    new, eigenvalues = _kronecker.refresh(jnp.zeros((4, 4)), jnp.eye(4), method, None)
+    np.testing.assert_allclose(new.T @ new, np.eye(4), atol=1e-15)
+    np.testing.assert_array_equal(eigenvalues, 0)
+    factor = jnp.eye(4, dtype=jnp.bfloat16)
+    new, eigenvalues = _kronecker.refresh(factor, factor, method, None)
+    assert new.dtype == jnp.bfloat16
+    assert eigenvalues.dtype == jnp.float32

@@ -1,0 +1,67 @@
+"""Who imports whom, and that nothing private is imported."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+import soap_optax
+
+PACKAGE = Path(soap_optax.__file__).parent
+ROOMS = {
+    "_arguments": set(),
+    "_layout": set(),
+    "_kronecker": {"_layout"},
+    "_tree": {"_arguments", "_layout"},
+    "_eigenbasis": {"_arguments", "_kronecker", "_layout", "_tree"},
+    "_soap": {"_arguments", "_eigenbasis"},
+    "__init__": {"_eigenbasis", "_layout", "_soap"},
+}
+OUTSIDE = {
+    "_layout": {"dataclasses", "math", "collections", "typing", "jax"},
+    "_kronecker": {"collections", "typing", "jax"},
+}
+
+
+def imports(path):
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: imports are absolute"
+            if node.module == "soap_optax":
+                yield from (f"soap_optax.{alias.name}" for alias in node.names)
+            else:
+                yield node.module
+
+
+def test_every_room_is_listed():
+    assert {path.stem for path in PACKAGE.glob("*.py")} == set(ROOMS)
+
+
+@pytest.mark.parametrize("room", ROOMS)
+def test_directions(room):
+    names = list(imports(PACKAGE / f"{room}.py"))
+    inside = {n.split(".")[1] for n in names if n.startswith("soap_optax.")}
+    assert inside <= ROOMS[room]
+    outside = {n.split(".")[0] for n in names if not n.startswith("soap_optax")}
+    assert outside <= OUTSIDE.get(room, outside)
+
+
+@pytest.mark.parametrize("path", PACKAGE.parent.rglob("*.py"), ids=lambda p: p.name)
+def test_nothing_private_of_jax_or_optax(path):
+    if not {".venv", "site-packages"} & {part[:5] for part in path.parts}:
+        assert not any("._src" in name for name in imports(path))
+
+
+def test_public_names():
+    public = {name for name in vars(soap_optax) if not name.startswith("_")}
+    assert public == {
+        "DimensionNumbers",
+        "EigenbasisState",
+        "in_eigenbasis",
+        "scale_by_soap",
+        "soap",
+    }
+    for name in public:
+        assert getattr(soap_optax, name).__doc__

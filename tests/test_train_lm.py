@@ -1,0 +1,158 @@
+"""The example trainer, run as a user would."""
+
+import csv
+import dataclasses
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from train_lm import PRESETS, Config, Corpus, make_model, make_state, read_tokens, train
+
+EXAMPLES = Path(__file__).parent.parent / "examples"
+SMALL = Config(
+    steps=6, warmup=2, batch=4, context=32, eval_every=2, eval_batches=1, seed=1
+)
+
+
+def rows(config):
+    return list(train(config))
+
+
+def losses(config):
+    return [(row.step, row.train_loss, row.validation_loss) for row in rows(config)]
+
+
+@pytest.mark.parametrize("optimizer", ["soap", "adamw", "muon", "lion"])
+def test_every_optimizer_trains(optimizer):
+    config = dataclasses.replace(
+        SMALL, optimizer=optimizer, steps=20, learning_rate=3e-3
+    )
+    result = rows(config)
+    assert [row.step for row in result] == list(range(2, 21, 2))
+    assert result[-1].validation_loss < result[0].validation_loss < 6.5
+
+
+def test_resuming_continues_bit_for_bit(tmp_path):
+    config = dataclasses.replace(SMALL, checkpoint_dir=tmp_path, checkpoint_every=4)
+    whole = losses(SMALL)
+    assert losses(config) == whole
+    for step in ("6", "4"):
+        assert (tmp_path / step).exists()
+    # As if stopped after step 4: the last checkpoint goes, the run continues from 4.
+    subprocess.run(["rm", "-r", str(tmp_path / "6")], check=True)
+    assert losses(dataclasses.replace(config, resume=True)) == whole[2:]
+    # All done: nothing is left to train.
+    assert losses(dataclasses.replace(config, resume=True)) == []
+
+
+def test_micro_batches_are_one_batch():
+    small = dataclasses.replace(SMALL, optimizer="adamw")
+    whole, parts = losses(small), losses(dataclasses.replace(small, accumulate=4))
+    np.testing.assert_allclose(whole, parts, rtol=1e-3)
+
+
+def test_bf16_computes_in_bf16_and_keeps_float32():
+    config = dataclasses.replace(SMALL, bf16=True).filled()
+    model = make_model(config)
+    state = make_state(config, model)
+    kept = jax.tree.leaves((state.params, state.opt_state))
+    assert {str(leaf.dtype) for leaf in kept} == {"float32", "int32"}
+    config = dataclasses.replace(config, optimizer="adamw")
+    assert rows(config)[-1].validation_loss < 6.5
+
+
+@pytest.mark.parametrize(
+    ("preset", "millions"),
+    [("tiny", 0.46), ("210m", 217), ("360m", 368), ("660m", 661)],
+)
+def test_presets_have_the_sizes_they_are_named_by(preset, millions):
+    config = Config(preset=preset, vocab=256 if preset == "tiny" else 32128).filled()
+    state = jax.eval_shape(lambda: make_state(config, make_model(config)))
+    size = sum(leaf.size for leaf in jax.tree.leaves(state.params))
+    assert size / 1e6 == pytest.approx(millions, rel=0.02)
+    assert PRESETS[preset].width % PRESETS[preset].head_dim == 0
+
+
+def test_corpora(tmp_path):
+    text = np.arange(30_000) % 251
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder" / "a.txt").write_bytes(bytes(text[:100].tolist()))
+    (tmp_path / "folder" / "b.txt").write_bytes(bytes(text[100:].tolist()))
+    text.astype(np.uint16).tofile(tmp_path / "tokens.bin")
+    for name in ("folder", "tokens.bin"):
+        np.testing.assert_array_equal(read_tokens(str(tmp_path / name)), text)
+    config = dataclasses.replace(
+        SMALL,
+        data=str(tmp_path / "tokens.bin"),
+        vocab=256,
+        context=16,
+        optimizer="adamw",
+    )
+    assert len(rows(config)) == 3
+
+
+def test_batches_do_not_overlap_validation():
+    corpus = Corpus(np.arange(40_000), context=16, seed=0)
+    seen = {int(t) for i in range(40) for t in corpus.batch(i, 64).reshape(-1)}
+    held_out = corpus.batch(0, 256, validation=True)
+    assert not seen & {int(t) for t in held_out.reshape(-1)}
+    assert held_out.shape == (256, 17)
+    np.testing.assert_array_equal(corpus.batch(3, 8), corpus.batch(3, 8))
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "message"),
+    [
+        ({"data": "/nowhere"}, FileNotFoundError, "--data must be a file, a folder"),
+        ({"accumulate": 3}, ValueError, "--accumulate must divide the batch of 4"),
+        ({"vocab": 100}, ValueError, "--vocab must exceed every token, got 100"),
+        ({"data": __file__, "context": 4096}, ValueError, "--data must hold at least"),
+    ],
+)
+def test_clear_errors(changes, error, message):
+    with pytest.raises(error, match=message):
+        rows(dataclasses.replace(SMALL, **changes))
+
+
+def test_resuming_from_nothing(tmp_path):
+    config = dataclasses.replace(SMALL, checkpoint_dir=tmp_path, resume=True)
+    with pytest.raises(FileNotFoundError, match="--resume needs a checkpoint"):
+        rows(config)
+    with pytest.raises(ValueError, match="--resume needs --checkpoint-dir"):
+        rows(dataclasses.replace(SMALL, resume=True))
+
+
+def test_an_empty_folder(tmp_path):
+    with pytest.raises(FileNotFoundError, match="--data must hold files"):
+        rows(dataclasses.replace(SMALL, data=str(tmp_path)))
+
+
+def run_example(name, *arguments):
+    command = [sys.executable, str(EXAMPLES / name), *map(str, arguments)]
+    return subprocess.run(command, check=True, capture_output=True, text=True).stdout
+
+
+SHORT = ["--steps=4", "--warmup=1", "--batch=4", "--context=32", "--eval-every=2"]
+
+
+def test_command_line(tmp_path):
+    output = run_example("train_lm.py", *SHORT, "--metrics", tmp_path / "metrics.csv")
+    assert "soap: validation loss" in output
+    with (tmp_path / "metrics.csv").open() as file:
+        table = list(csv.DictReader(file))
+    assert [row["step"] for row in table] == ["2", "4"]
+    assert float(table[-1]["tokens_per_second"]) > 0
+
+
+def test_comparison(tmp_path):
+    short = [a.replace("--", "--config.") for a in SHORT]
+    output = run_example("compare_lm.py", *short, "--out", tmp_path)
+    assert "adamw: validation loss" in output and "soap: validation loss" in output
+    assert {path.name for path in tmp_path.iterdir()} == {
+        "adamw.csv",
+        "soap.csv",
+        "compare.png",
+    }
