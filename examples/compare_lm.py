@@ -20,7 +20,7 @@ from train_lm import Config, Row, train, write_rows
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
-LEARNING_RATES = (1e-3, 3e-3, 1e-2, 3e-2)
+LEARNING_RATES = (1e-3, 3e-3, 1e-2, 3e-2, 1e-1)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -109,8 +109,8 @@ def main(compare: Compare) -> None:
         else:
             print(
                 "SOAP reached AdamW's final validation loss after "
-                f"{row.step} steps and {row.seconds:.0f} s; AdamW took {target.step} and "
-                f"{target.seconds:.0f} s: "
+                f"{row.step} steps and {row.seconds:.0f} s; "
+                f"AdamW took {target.step} and {target.seconds:.0f} s: "
                 f"{1 - row.step / target.step:.0%} fewer steps, "
                 f"{1 - row.seconds / target.seconds:.0%} less time."
             )

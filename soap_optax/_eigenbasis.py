@@ -20,7 +20,7 @@ from soap_optax import _arguments, _kronecker, _tree
 from soap_optax._layout import make_layout
 
 # Fields of optax states that hold a mean of gradients.
-FIRST_MOMENTS = ("mu", "trace", "ema", "m1", "m2", "grad_acc")
+FIRST_MOMENTS = ("mu", "trace", "ema", "m1", "m2", "grad_acc", "acc_grads")
 
 # A NumPy integer, because optax.inject_hyperparams traces every default that is a
 # Python number, and a traced number cannot decide which factors exist.

@@ -35,14 +35,20 @@ def accumulate(
     weight: jax.typing.ArrayLike,
     precision: Any,
 ) -> list[jax.Array | None]:
-    """Moves each factor by `weight` towards the Gram matrix of the gradient."""
+    """Moves each factor by `weight` towards the Gram matrix of the gradient.
+
+    A gradient that is not finite, or whose squares are not, leaves its factor alone.
+    """
 
     def one(factor: jax.Array | None, axis: int) -> jax.Array | None:
         if factor is None:
             return None
         blocks = _blocks(gradient, factor, layout)
         gram = _gram(blocks, axis, layout.grid, precision)
-        return _mean(factor.astype(gram.dtype), gram, weight).astype(factor.dtype)
+        # The entries of a Gram matrix are bounded by its trace.
+        sound = jnp.isfinite(jnp.trace(gram, axis1=-2, axis2=-1))[..., None, None]
+        mean = _mean(factor.astype(gram.dtype), gram, weight).astype(factor.dtype)
+        return jnp.where(sound, mean, factor)
 
     return [one(f, axis) for f, axis in zip(factors, layout.axes, strict=True)]
 
@@ -97,7 +103,9 @@ def follow(
         sharding = _explicit_sharding(squares, [*layout.grid, None])
         if sharding is not None:
             energy = jax.sharding.reshard(energy, sharding)
-        return _mean(eigenvalue, energy, weight)
+        return jnp.where(
+            jnp.isfinite(energy), _mean(eigenvalue, energy, weight), eigenvalue
+        )
 
     return [one(e, axis) for e, axis in zip(eigenvalues, layout.axes, strict=True)]
 
@@ -138,7 +146,8 @@ def refresh(
     columns, from one power step (`"qr"`: P = Q R) or from a decomposition (`"eigh"`),
     go back to where the old column of the same rank stood: a coordinate keeps its
     identity, so statistics that are kept per coordinate stay valid. Numerically null
-    directions, where new columns would be round-off, keep the old ones.
+    directions, where new columns would be round-off, keep the old ones; so do all if the
+    decomposition fails.
 
     Args:
       factor: symmetric positive semi-definite, `[..., b, b]`.
@@ -171,8 +180,10 @@ def refresh(
     scales = jnp.abs(jnp.diagonal(triangle, axis1=-2, axis2=-1))
     eigenvalues = jnp.where(is_null, 0, scales * largest)
     place = jnp.argsort(rank, axis=-1)
+    refreshed = _take_columns(orthonormal, place).astype(eigenbasis.dtype)
+    sound = jnp.isfinite(refreshed).all(axis=(-2, -1), keepdims=True)
     return (
-        _take_columns(orthonormal, place).astype(eigenbasis.dtype),
+        jnp.where(sound, refreshed, eigenbasis),
         jnp.take_along_axis(eigenvalues, place, axis=-1),
     )
 

@@ -1,4 +1,4 @@
-"""Tests run in float64 where they ask for it, on 8 virtual devices, without broadcasts."""
+"""Tests may use float64 and 8 virtual devices, and broadcast no ranks."""
 
 import os
 import tempfile

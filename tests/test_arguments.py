@@ -57,7 +57,7 @@ def test_arguments(argument, value):
 
 
 def test_inner():
-    with pytest.raises(ValueError, match="^inner must be an optax"):
+    with pytest.raises(ValueError, match=r"^inner must be an optax"):
         soap_optax.in_eigenbasis(optax.scale_by_adam)
 
 
