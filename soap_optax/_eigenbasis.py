@@ -1,9 +1,9 @@
 """Runs any optax transformation in the eigenbasis of Shampoo's Kronecker factors.
 
-The only home of the step count, `lax.cond` and tree maps: `_layout` knows one shape,
-`_kronecker` one array of blocks. Two functions of the state make a step, `_turn`
-(accumulate the factors and, when due, refresh the eigenbases) and `_step` (project, run
-the inner transformation, project back); `basis` says which comes first.
+The only home of the step count and `lax.cond`: `_layout` knows one shape, `_kronecker`
+one parameter, `_tree` where things stand in a tree. Two functions of the state make a
+step, `_step` (project, run the inner transformation, project back) and
+`_accumulate_and_refresh`; `basis` says which comes first.
 """
 
 import dataclasses
@@ -129,6 +129,8 @@ def in_eigenbasis(
     _arguments.require(
         "inner", inner, "an optax.GradientTransformation", is_transformation
     )
+    names = not isinstance(first_moments, str)
+    _arguments.require("first_moments", first_moments, "a sequence of names", names)
     inner = optax.with_extra_args_support(inner)
     options = _Options(
         shampoo_beta=0.95 if shampoo_beta is None else shampoo_beta,
@@ -182,7 +184,7 @@ def in_eigenbasis(
             params = [jnp.asarray(p) for p in plan.treedef.flatten_up_to(params)]
         step = functools.partial(_step, plan, options, inner, params, extra_args)
         if basis == "current":
-            steps, flat = step(_turn(plan, options, flat))
+            steps, flat = step(_accumulate_and_refresh(plan, options, flat))
         else:
             # The first step only builds the eigenbases: no update, inner not run.
             stepped, flat = step(flat)
@@ -191,7 +193,9 @@ def in_eigenbasis(
                 (jax.tree.map(jnp.zeros_like, stepped), state.inner_state),
                 (stepped, flat.inner_state),
             )
-            flat = _turn(plan, options, flat._replace(inner_state=inner_state))
+            flat = _accumulate_and_refresh(
+                plan, options, flat._replace(inner_state=inner_state)
+            )
         new_updates = [
             step.astype(gradient.dtype)
             for step, gradient in zip(steps, plan.arrays, strict=True)
@@ -286,7 +290,7 @@ def _step(
     return steps, state._replace(eigenvalues=eigenvalues, inner_state=inner_state)
 
 
-def _turn(
+def _accumulate_and_refresh(
     plan: _tree.Plan, options: _Options, state: EigenbasisState
 ) -> EigenbasisState:
     """Accumulates the factors and, when due, refreshes the eigenbases.

@@ -57,14 +57,14 @@ def project(
     array: jax.Array, eigenbases: PerAxis, layout: Layout, precision: Any
 ) -> jax.Array:
     """Coordinates of `array` in the eigenbases, in its shape and dtype."""
-    return _turn(array, eigenbases, layout, precision, back=False)
+    return _multiply(array, eigenbases, layout, precision, back=False)
 
 
 def project_back(
     array: jax.Array, eigenbases: PerAxis, layout: Layout, precision: Any
 ) -> jax.Array:
     """Inverse of `project`."""
-    return _turn(array, eigenbases, layout, precision, back=True)
+    return _multiply(array, eigenbases, layout, precision, back=True)
 
 
 def change_basis(
@@ -146,8 +146,8 @@ def refresh(
     columns, from one power step (`"qr"`: P = Q R) or from a decomposition (`"eigh"`),
     go back to where the old column of the same rank stood: a coordinate keeps its
     identity, so statistics that are kept per coordinate stay valid. Numerically null
-    directions, where new columns would be round-off, keep the old ones; so do all if the
-    decomposition fails.
+    directions, where new columns would be round-off, keep the old ones; so do all if
+    the decomposition fails.
 
     Args:
       factor: symmetric positive semi-definite, `[..., b, b]`.
@@ -235,7 +235,7 @@ def _gram(
     )
 
 
-def _turn(
+def _multiply(
     array: jax.Array, bases: PerAxis, layout: Layout, precision: Any, *, back: bool
 ) -> jax.Array:
     """Multiplies each axis of each block by Q^T, or by Q to go `back`."""

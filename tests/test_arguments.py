@@ -61,6 +61,11 @@ def test_inner():
         soap_optax.in_eigenbasis(optax.scale_by_adam)
 
 
+def test_first_moments():
+    with pytest.raises(ValueError, match="first_moments must be a sequence of names"):
+        soap_optax.in_eigenbasis(optax.scale_by_adam(), first_moments="mu")
+
+
 @pytest.mark.parametrize(
     "name", ["b1", "eps", "shampoo_beta", "precondition_frequency"]
 )
