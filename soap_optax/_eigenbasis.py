@@ -264,7 +264,10 @@ def _step(
             for array, leaf, q in entries
         ]
 
-    projected = project(plan.arrays)
+    projected = [
+        _kronecker.bounded(array) if any(layout.factored) else array
+        for array, layout in zip(project(plan.arrays), layouts, strict=True)
+    ]
     weight = _weight(options, state.count)
     eigenvalues = [
         _kronecker.follow(e, array, layout, weight)

@@ -53,6 +53,16 @@ def accumulate(
     return [one(f, axis) for f, axis in zip(factors, layout.axes, strict=True)]
 
 
+def bounded(array: jax.Array) -> jax.Array:
+    """The array, its finite entries small enough to be squared.
+
+    A mean of squares never comes back from infinity: one overflow would end the
+    training of its coordinate. What is not finite stays, for others to see.
+    """
+    limit = float(jnp.finfo(array.dtype).max) ** 0.5 / 2
+    return jnp.where(jnp.isfinite(array), jnp.clip(array, -limit, limit), array)
+
+
 def project(
     array: jax.Array, eigenbases: PerAxis, layout: Layout, precision: Any
 ) -> jax.Array:
