@@ -14,8 +14,8 @@ def require(name: str, value: Any, rule: str, holds: bool) -> None:
 
 
 def require_number(name: str, value: Any, low: float, below: float) -> None:
-    """Requires a number in [low, below). Traced values pass, schedules as well."""
-    if isinstance(value, jax.core.Tracer) or callable(value):
+    """Requires a number in [low, below). Traced values pass."""
+    if isinstance(value, jax.core.Tracer):
         return
     is_number = isinstance(value, (int, float, np.generic, np.ndarray, jax.Array))
     number = is_number and not isinstance(value, bool) and np.ndim(value) == 0
@@ -24,12 +24,18 @@ def require_number(name: str, value: Any, low: float, below: float) -> None:
     require(name, value, rule, bool(number and low <= value < below))
 
 
+def require_number_or_schedule(name: str, value: Any, low: float, below: float) -> None:
+    """Requires a number in [low, below) or a callable."""
+    if not callable(value):
+        require_number(name, value, low, below)
+
+
 def require_static(name: str, value: Any) -> None:
     """Requires that `value` is not an array, as `optax.inject_hyperparams` makes it."""
     if isinstance(value, jax.Array):
         raise ValueError(
-            f"{name} must be static, because it fixes shapes or dtypes, got the array "
-            f"{value}; optax.inject_hyperparams leaves it alone when it is named in "
+            f"{name} must be static, because it fixes shapes or dtypes, got an array; "
+            "optax.inject_hyperparams leaves it alone when it is named in "
             f"static_args=({name!r},)"
         )
 
@@ -37,8 +43,26 @@ def require_static(name: str, value: Any) -> None:
 def require_int(name: str, value: Any, low: int) -> None:
     """Requires a static integer of at least `low`."""
     require_static(name, value)
+    require_traceable_int(name, value, low)
+
+
+def require_traceable_int(name: str, value: Any, low: int) -> None:
+    """Requires an integer of at least `low`. Traced values pass."""
+    if isinstance(value, jax.core.Tracer):
+        return
+    if isinstance(value, jax.Array) and jnp.issubdtype(value.dtype, jnp.integer):
+        value = int(value)
     integer = isinstance(value, (int, np.integer)) and not isinstance(value, bool)
     require(name, value, f"an integer of at least {low}", integer and value >= low)
+
+
+def require_precision(name: str, value: Any) -> None:
+    """Requires what JAX takes for the precision of a matrix product."""
+    matrix = jax.ShapeDtypeStruct((1, 1), jnp.float32)
+    try:
+        jax.eval_shape(lambda x: jnp.matmul(x, x, precision=value), matrix)
+    except (TypeError, ValueError):
+        require(name, value, "a precision of jax.numpy.matmul", False)
 
 
 def require_choice(name: str, value: Any, choices: tuple[Any, ...]) -> None:

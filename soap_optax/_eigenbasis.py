@@ -96,6 +96,8 @@ def in_eigenbasis(
     Updates and parameters reach `inner` projected, and its updates are projected back,
     so that with Adam inside this is SOAP, and with Adafactor Shampoo of power 1/2. An
     axis without a factor has the identity: where no axis has one, this *is* `inner`.
+    Inner updates in directions without gradients are taken out (see `rcond`), so weight
+    decay belongs outside.
 
     Args:
       inner: any optax transformation; it sees arrays of the parameters' shapes, in at
@@ -317,8 +319,7 @@ def _accumulate_and_refresh(
     def refresh(
         method: Any, eigenbases: Any, eigenvalues: Any, moments: Any
     ) -> tuple[Any, ...]:
-        del eigenvalues
-        new, eigenvalues = _refresh(factors, eigenbases, method, options)
+        new, eigenvalues = _refresh(factors, eigenbases, eigenvalues, method, options)
         moments = [
             _kronecker.change_basis(
                 moment, eigenbases[i], new[i], layouts[i], options.precision
@@ -341,18 +342,22 @@ def _accumulate_and_refresh(
 
 
 def _refresh(
-    factors: _PerLeaf, eigenbases: _PerLeaf, method: Any, options: _Options
+    factors: _PerLeaf,
+    eigenbases: _PerLeaf,
+    eigenvalues: _PerLeaf,
+    method: Any,
+    options: _Options,
 ) -> tuple[_PerLeaf, _PerLeaf]:
-    """Refreshes all eigenbases; also estimates their eigenvalues."""
+    """Refreshes all eigenbases and eigenvalues."""
 
-    def one(factor: Any, eigenbasis: Any) -> tuple[Any, Any]:
+    def one(factor: Any, eigenbasis: Any, values: Any) -> tuple[Any, Any]:
         if factor is None:
             return None, None
-        return _kronecker.refresh(factor, eigenbasis, method, options.precision)
+        return _kronecker.refresh(factor, eigenbasis, values, method, options.precision)
 
     refreshed = [
-        [one(f, q) for f, q in zip(fs, qs, strict=True)]
-        for fs, qs in zip(factors, eigenbases, strict=True)
+        [one(*of_axis) for of_axis in zip(*of_leaf, strict=True)]
+        for of_leaf in zip(factors, eigenbases, eigenvalues, strict=True)
     ]
     new = [[q for q, _ in of_leaf] for of_leaf in refreshed]
     eigenvalues = [[e for _, e in of_leaf] for of_leaf in refreshed]
@@ -439,12 +444,13 @@ def _check_options(options: _Options) -> None:
     _arguments.require_number("shampoo_beta", options.shampoo_beta, 0, 1)
     if options.rcond is not None:
         _arguments.require_number("rcond", options.rcond, 0, 1)
-    if not callable(frequency) and not isinstance(frequency, jax.Array):
-        _arguments.require_int("precondition_frequency", frequency, 1)
+    if not callable(frequency):
+        _arguments.require_traceable_int("precondition_frequency", frequency, 1)
     _arguments.require_choice("basis", options.basis, ("previous", "current"))
     _arguments.require_choice("refresh", options.refresh, ("qr", "eigh"))
     initial = ("eigh", "identity")
     _arguments.require_choice("initial_basis", options.initial_basis, initial)
+    _arguments.require_precision("precision", options.precision)
     _arguments.require_dtype("mu_dtype", options.mu_dtype)
     _arguments.require_dtype("precond_dtype", options.precond_dtype)
 
@@ -456,6 +462,9 @@ def _check_geometry(
     if block_size is not None:
         _arguments.require_int("block_size", block_size, 2)
     _arguments.require_static("dimension_numbers", dimension_numbers)
+    is_tree = not isinstance(dimension_numbers, (str, int, float))
+    rule = "dimension numbers, a tree of them, a callable or None"
+    _arguments.require("dimension_numbers", dimension_numbers, rule, is_tree)
     for name, value in flags.items():
         _arguments.require_choice(name, value, (True, False))
 

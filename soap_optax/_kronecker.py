@@ -45,9 +45,9 @@ def accumulate(
             return None
         blocks = _blocks(gradient, factor, layout)
         gram = _gram(blocks, axis, layout.grid, precision)
-        # The entries of a Gram matrix are bounded by its trace.
-        sound = jnp.isfinite(jnp.trace(gram, axis1=-2, axis2=-1))[..., None, None]
         mean = _mean(factor.astype(gram.dtype), gram, weight).astype(factor.dtype)
+        # The entries of a semi-definite matrix are bounded by its trace.
+        sound = jnp.isfinite(jnp.trace(mean, axis1=-2, axis2=-1))[..., None, None]
         return jnp.where(sound, mean, factor)
 
     return [one(f, axis) for f, axis in zip(factors, layout.axes, strict=True)]
@@ -113,9 +113,8 @@ def follow(
         sharding = _explicit_sharding(squares, [*layout.grid, None])
         if sharding is not None:
             energy = jax.sharding.reshard(energy, sharding)
-        return jnp.where(
-            jnp.isfinite(energy), _mean(eigenvalue, energy, weight), eigenvalue
-        )
+        mean = _mean(eigenvalue.astype(energy.dtype), energy, weight)
+        return jnp.where(jnp.isfinite(mean), mean.astype(eigenvalue.dtype), eigenvalue)
 
     return [one(e, axis) for e, axis in zip(eigenvalues, layout.axes, strict=True)]
 
@@ -125,17 +124,22 @@ def damp(
 ) -> jax.Array:
     """Multiplies each index of an axis by r^2 / (r^2 + rcond^2), r = e / e_max.
 
-    A factor holds squares, so that directions with an eigenvalue near the unit
-    round-off times the largest are noise of its decomposition: an elementwise
-    transformation like Adam would scale it to full-size steps.
+    Where the gradient has nothing but the round-off of its projection, an elementwise
+    transformation like Adam would scale that to full-size steps. The default `rcond`,
+    0.01 of the unit round-off, is in squares: directions with gradients 30 000 times
+    (in float32) smaller than the largest.
     """
     if rcond is None:
-        rcond = _null_share(_at_least_float32(array))
+        rcond = 0.01 * float(jnp.finfo(_at_least_float32(array).dtype).eps)
+    if isinstance(rcond, (int, float)) and rcond == 0:
+        return array
     for eigenvalue, axis in zip(eigenvalues, layout.axes, strict=True):
         if eigenvalue is not None:
             blocks = layout.to_blocks(array)
-            ratio = eigenvalue / _largest(eigenvalue)
-            share = jnp.where(ratio > 0, ratio**2 / (ratio**2 + rcond**2), 0)
+            largest = jnp.max(eigenvalue, axis=-1, keepdims=True)
+            inverse = jnp.where(eigenvalue > 0, largest / eigenvalue, jnp.inf)
+            share = 1 / (1 + (rcond * inverse) ** 2)
+            share = jnp.where(largest > 0, share, 1)  # nothing is known
             kept = sorted((*layout.grid, axis))
             share = jnp.moveaxis(share, -1, kept.index(axis)).astype(blocks.dtype)
             others = [d for d in range(blocks.ndim) if d not in kept]
@@ -147,6 +151,7 @@ def damp(
 def refresh(
     factor: jax.Array,
     eigenbasis: jax.Array,
+    eigenvalues: jax.Array,
     method: Literal["qr", "eigh"],
     precision: Any,
 ) -> tuple[jax.Array, jax.Array]:
@@ -162,12 +167,12 @@ def refresh(
     Args:
       factor: symmetric positive semi-definite, `[..., b, b]`.
       eigenbasis: orthonormal columns, `[..., b, b]`.
+      eigenvalues: their estimates until now, `[..., b]`.
       method: `"qr"` or `"eigh"`.
       precision: of the product M Q.
 
     Returns:
-      Orthonormal columns, with the shape and dtype of `eigenbasis`, and estimates of
-      their eigenvalues, `[..., b]` in at least float32.
+      The new `eigenbasis` and `eigenvalues`, in the shapes and dtypes of the old.
     """
     matrix, basis = _at_least_float32(factor), _at_least_float32(eigenbasis)
     products = jnp.matmul(matrix, basis, precision=precision)
@@ -188,13 +193,14 @@ def refresh(
     )
     orthonormal, triangle = jnp.linalg.qr(columns)
     scales = jnp.abs(jnp.diagonal(triangle, axis1=-2, axis2=-1))
-    eigenvalues = jnp.where(is_null, 0, scales * largest)
+    scales = jnp.where(is_null, 0, scales * largest)
     place = jnp.argsort(rank, axis=-1)
-    refreshed = _take_columns(orthonormal, place).astype(eigenbasis.dtype)
-    sound = jnp.isfinite(refreshed).all(axis=(-2, -1), keepdims=True)
+    new = _take_columns(orthonormal, place).astype(eigenbasis.dtype)
+    scales = jnp.take_along_axis(scales, place, axis=-1).astype(eigenvalues.dtype)
+    sound = jnp.isfinite(new).all(axis=(-2, -1))
     return (
-        jnp.where(sound, refreshed, eigenbasis),
-        jnp.take_along_axis(eigenvalues, place, axis=-1),
+        jnp.where(sound[..., None, None], new, eigenbasis),
+        jnp.where(sound[..., None], scales, eigenvalues),
     )
 
 

@@ -8,6 +8,7 @@ the parameter.
 
 import dataclasses
 import math
+import operator
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -179,9 +180,15 @@ def _named_groups(
         named = dimension_numbers.factor_axes
     else:
         named = (dimension_numbers.reduction_axis, dimension_numbers.output_axis)
-    groups = [tuple(g) if isinstance(g, Sequence) else (g,) for g in named]
+    try:
+        groups = [tuple(g) if isinstance(g, Sequence) else (g,) for g in named]
+        flat = [operator.index(axis) for group in groups for axis in group]
+    except TypeError:
+        raise ValueError(
+            "dimension_numbers must name axes by integers, one or a sequence of them "
+            f"per factor, got {dimension_numbers}"
+        ) from None
     rank = len(shape)
-    flat = [axis for group in groups for axis in group]
     if any(not -rank <= axis < rank for axis in flat):
         raise ValueError(
             f"dimension_numbers must name axes of the parameter (rank {rank}, shape "

@@ -84,7 +84,8 @@ def soap(
         `optax.contrib.MuonDimensionNumbers`, or a tree of them like the parameters, or
         a callable making it from them: the axes that form each factor. Axes not named
         are batch axes. A parameter with None has no factor. If not given, the shape
-        decides.
+        decides. `optax.inject_hyperparams` takes a callable for a schedule: name it in
+        `static_args`.
       basis: `"previous"`, as published: a gradient is rotated by the basis of the
         gradients before it, and the first step only builds the basis (its update is
         zero but for weight decay). `"current"`: factors, bias-corrected, and basis take
@@ -99,8 +100,8 @@ def soap(
         quotients useless.
       rcond: share of a factor's largest eigenvalue under which a direction counts as
         round-off: its update is scaled by r^2 / (r^2 + rcond^2), r = e / e_max. None:
-        ten times the unit round-off, which leaves all but numerically null directions
-        as they are; 0: off, as published.
+        0.01 of the unit round-off, which leaves all but null directions as they are;
+        0: off, as published.
 
     Returns:
       An `optax.GradientTransformationExtraArgs`. Updates have the gradients' dtype.
@@ -126,8 +127,9 @@ def soap(
       Vyas et al., `SOAP: Improving and Stabilizing Shampoo using Adam
       <https://arxiv.org/abs/2409.11321>`_, 2024
     """
-    _arguments.require_number("learning_rate", learning_rate, 0, float("inf"))
-    _arguments.require_number("weight_decay", weight_decay, 0, float("inf"))
+    infinity = float("inf")
+    _arguments.require_number_or_schedule("learning_rate", learning_rate, 0, infinity)
+    _arguments.require_number_or_schedule("weight_decay", weight_decay, 0, infinity)
     return optax.chain(
         scale_by_soap(
             b1=b1,

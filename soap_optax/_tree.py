@@ -161,23 +161,25 @@ def _resolve_dimension_numbers(numbers: Any, tree: Any, count: int) -> list[Any]
         numbers = numbers(tree)
     if numbers is None or is_dimension_numbers(numbers):
         return [numbers] * count
-    # A parameter may be absent (masked or filtered out) and still have an entry.
     treedef: Any
-    present, treedef = jax.tree.flatten(tree, is_leaf=_is_absent)
+    entries, treedef = jax.tree.flatten(
+        numbers, is_leaf=lambda node: node is None or is_dimension_numbers(node)
+    )
+    for entry in entries:
+        rule = "DimensionNumbers, MuonDimensionNumbers or None for each parameter"
+        holds = entry is None or is_dimension_numbers(entry)
+        _arguments.require("dimension_numbers", entry, rule, holds)
     try:
-        named = treedef.flatten_up_to(numbers)
+        subtrees = treedef.flatten_up_to(tree)
     except ValueError as error:
         raise ValueError(
-            "dimension_numbers must be a tree with the structure of the parameters; "
-            f"{error}"
+            "dimension_numbers must be a tree with the structure of the parameters, or "
+            f"a prefix of it; {error}"
         ) from error
-    named = [n for p, n in zip(present, named, strict=True) if not _is_absent(p)]
-    for n in named:
-        rule = "DimensionNumbers, MuonDimensionNumbers or None for each parameter"
-        holds = n is None or is_dimension_numbers(n)
-        _arguments.require("dimension_numbers", n, rule, holds)
-    return [DimensionNumbers(()) if n is None else n for n in named]
-
-
-def _is_absent(node: Any) -> bool:
-    return node is None or isinstance(node, optax.MaskedNode)
+    # An entry holds for all of its subtree: one parameter, boxed or not, a whole layer,
+    # or nothing where the parameter is masked.
+    return [
+        DimensionNumbers(()) if entry is None else entry
+        for entry, subtree in zip(entries, subtrees, strict=True)
+        for _ in jax.tree.leaves(subtree)
+    ]

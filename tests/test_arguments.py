@@ -18,6 +18,7 @@ from soap_optax import DimensionNumbers
         ("learning_rate", "fast"),
         ("b1", 1.0),
         ("b1", -0.1),
+        ("b1", min),
         ("b2", 1.5),
         ("b2", None),
         ("eps", -1e-8),
@@ -47,6 +48,10 @@ from soap_optax import DimensionNumbers
         ("precond_dtype", jnp.complex64),
         ("rcond", -1.0),
         ("rcond", 2.0),
+        ("precision", "exact"),
+        ("dimension_numbers", "rows"),
+        ("dimension_numbers", 3),
+        ("precondition_frequency", np.int64(0)),
     ],
 )
 def test_arguments(argument, value):
@@ -54,6 +59,12 @@ def test_arguments(argument, value):
     with pytest.raises(ValueError, match=f"^{argument} must be ") as error:
         soap_optax.soap(**arguments)
     assert repr(value) in str(error.value)
+
+
+def test_injected_frequency():
+    tx = optax.inject_hyperparams(soap_optax.soap)(1e-3, precondition_frequency=0)
+    with pytest.raises(ValueError, match="precondition_frequency must be an integer"):
+        tx.init(jnp.ones((3, 2)))
 
 
 def test_inner():
@@ -101,7 +112,12 @@ def test_parameters_that_are_not_real_floating_point(dtype):
         (DimensionNumbers((0, 5)), r"\['w'\]: dimension_numbers must name axes"),
         ({"v": None}, "dimension_numbers must be a tree with the structure"),
         ({"w": 3}, "dimension_numbers must be DimensionNumbers, .* got 3"),
-        ({"w": (0, 1)}, r"dimension_numbers must be DimensionNumbers, .* got \(0, 1\)"),
+        ({"w": (None, None)}, "dimension_numbers must be a tree with the structure"),
+        (
+            {"w": DimensionNumbers((0.5,))},
+            "dimension_numbers must name axes by integers",
+        ),
+        ({"w": DimensionNumbers(0)}, "dimension_numbers must name axes by integers"),
     ],
 )
 def test_dimension_numbers(numbers, message):

@@ -1,5 +1,6 @@
 """SOAP among optax's other parts."""
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -128,6 +129,22 @@ def test_dimension_numbers_of_masked_parameters():
     _, state = train(optax.masked(soap, mask), steps=2)
     shapes = jax.tree.map(jnp.shape, state.inner_state[0].factors)
     assert shapes == {"bias": (None,), "out": ((3, 16, 16),)}
+
+
+@pytest.mark.parametrize("boxed", [False, True])
+def test_dimension_numbers_as_a_prefix(boxed):
+    """One entry for a whole layer, or for a parameter in a box, as Muon takes it."""
+    muon = optax.contrib.MuonDimensionNumbers(1, 2)
+    box = (lambda x: nn.Partitioned(x, (None,) * x.ndim)) if boxed else (lambda x: x)
+    layer = {"q": box(jnp.ones((5, 4, 3))), "k": box(jnp.ones((5, 3, 2)))}
+    params = {"layer": layer, "rest": {"w": box(jnp.ones((4, 3)))}}
+    numbers = {"layer": muon, "rest": {"w": None}}
+    tx = soap_optax.scale_by_soap(dimension_numbers=numbers)
+    _, state = tx.update(params, tx.init(params))
+    assert jax.tree.map(jnp.shape, state.factors) == {
+        "layer": {"q": ((5, 4, 4), (5, 3, 3)), "k": ((5, 3, 3), (5, 2, 2))},
+        "rest": {"w": (None, None)},
+    }
 
 
 def test_partition_with_muon_dimension_numbers():

@@ -194,6 +194,20 @@ def test_gradients_of_another_dtype():
     assert_same_types(new_state, state)
 
 
+@pytest.mark.parametrize("grads_dtype", ["float32", "float64"])
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize("precond_dtype", [None, "bfloat16", "float32", "float64"])
+def test_mixed_dtypes(dtype, grads_dtype, precond_dtype):
+    tx = soap_optax.scale_by_soap(precond_dtype=precond_dtype, block_size=2)
+    params, grads = normal_tree(dtype), normal_tree(grads_dtype)
+    state = tx.init(params)
+    for _ in range(2):
+        updates, state = jax.jit(tx.update)(grads, state, params)
+    assert_same_types(updates, grads)
+    assert types(state.factors) == types(tx.init(params).factors)
+    assert types(state.eigenvalues) == types(tx.init(params).eigenvalues)
+
+
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 def test_dtype_options(dtype):
     tx = soap_optax.scale_by_soap(mu_dtype=dtype, precond_dtype=dtype)

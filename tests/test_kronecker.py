@@ -87,13 +87,23 @@ def test_follow_gives_the_rayleigh_quotients():
 
 def test_damp_takes_out_null_directions_only():
     plan, update = layout(3, 2), jnp.ones((3, 2))
-    eigenvalues = [jnp.array([1.0, 1e-4, 1e-17]), jnp.array([2.0, 1.0])]
+    eigenvalues = [jnp.array([1.0, 1e-4, 1e-20]), jnp.array([2.0, 1.0])]
     damped = _kronecker.damp(update, eigenvalues, plan, None)
     np.testing.assert_allclose(damped[:2], 1, rtol=1e-12)
     assert np.all(damped[2] < 1e-4) and np.all(damped[2] > 0)
+    eigenvalues[0] = eigenvalues[0].at[2].set(0)
+    damped = _kronecker.damp(update, eigenvalues, plan, None)
+    np.testing.assert_array_equal(damped[2], 0)
     np.testing.assert_array_equal(_kronecker.damp(update, eigenvalues, plan, 0.0), 1)
     zeros = [jnp.zeros(3), jnp.zeros(2)]
-    np.testing.assert_array_equal(_kronecker.damp(update, zeros, plan, None), 0)
+    np.testing.assert_array_equal(_kronecker.damp(update, zeros, plan, None), 1)
+
+
+def refresh(factor, basis, method, precision):
+    zeros = jnp.zeros(
+        factor.shape[:-1], factor.dtype if factor.dtype == jnp.float64 else jnp.float32
+    )
+    return _kronecker.refresh(factor, basis, zeros, method, precision)
 
 
 def spectrum_and_basis(size):
@@ -107,7 +117,7 @@ def test_refresh_keeps_the_identity_of_coordinates(method):
     factor, basis, values = spectrum_and_basis(6)
     shuffle = np.random.default_rng(0).permutation(6)
     near = jnp.linalg.qr(basis[:, shuffle] + 0.01 * normal(6, 6)).Q
-    new, eigenvalues = _kronecker.refresh(factor, near, method, None)
+    new, eigenvalues = refresh(factor, near, method, None)
     overlap = np.abs(basis[:, shuffle].T @ new)
     np.testing.assert_allclose(overlap, np.eye(6), atol=0.05)
     np.testing.assert_allclose(eigenvalues, values[shuffle], rtol=0.05)
@@ -118,7 +128,7 @@ def test_qr_refreshes_converge_to_the_eigenbasis():
     factor, _, values = spectrum_and_basis(6)
     basis = jnp.eye(6)
     for _ in range(100):
-        basis, eigenvalues = _kronecker.refresh(factor, basis, "qr", None)
+        basis, eigenvalues = refresh(factor, basis, "qr", None)
     rotated = basis.T @ factor @ basis
     np.testing.assert_allclose(rotated, np.diag(np.diag(rotated)), atol=1e-9)
     np.testing.assert_allclose(np.sort(eigenvalues), values, rtol=1e-9)
@@ -129,19 +139,30 @@ def test_refresh_of_a_batch_is_the_refresh_of_each(method):
     rows = normal(3, 5, 8)
     factors = rows @ rows.transpose(0, 2, 1)
     bases = jnp.linalg.qr(normal(3, 5, 5, seed=1)).Q
-    together = _kronecker.refresh(factors, bases, method, None)
+    together = refresh(factors, bases, method, None)
     for i in range(3):
-        alone = _kronecker.refresh(factors[i], bases[i], method, None)
+        alone = refresh(factors[i], bases[i], method, None)
         for batch, one in zip(together, alone, strict=True):
             np.testing.assert_allclose(batch[i], one, atol=1e-13)
 
 
 @pytest.mark.parametrize("method", ["qr", "eigh"])
 def test_refresh_of_zero_and_of_bfloat16(method):
-    new, eigenvalues = _kronecker.refresh(jnp.zeros((4, 4)), jnp.eye(4), method, None)
+    new, eigenvalues = refresh(jnp.zeros((4, 4)), jnp.eye(4), method, None)
     np.testing.assert_allclose(new.T @ new, np.eye(4), atol=1e-15)
     np.testing.assert_array_equal(eigenvalues, 0)
     factor = jnp.eye(4, dtype=jnp.bfloat16)
-    new, eigenvalues = _kronecker.refresh(factor, factor, method, None)
+    new, eigenvalues = refresh(factor, factor, method, None)
     assert new.dtype == jnp.bfloat16
     assert eigenvalues.dtype == jnp.float32
+
+
+@pytest.mark.parametrize("method", ["qr", "eigh"])
+def test_a_refresh_that_fails_changes_nothing(method):
+    basis, eigenvalues = jnp.eye(4)[None], jnp.arange(4.0)[None]
+    factors = jnp.stack([jnp.full((4, 4), jnp.inf), jnp.diag(jnp.arange(1.0, 5))])
+    bases, values = (jnp.concatenate([x, x]) for x in (basis, eigenvalues))
+    new, after = _kronecker.refresh(factors, bases, values, method, None)
+    np.testing.assert_array_equal(new[0], basis[0])
+    np.testing.assert_array_equal(after[0], eigenvalues[0])
+    np.testing.assert_allclose(after[1], np.arange(1.0, 5))

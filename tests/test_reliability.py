@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+import reference
 
 import soap_optax
 
@@ -115,6 +116,31 @@ def test_no_steps_into_the_null_space(size, rank, scale):
     if scale == 1:
         published, _ = run(soap_optax.scale_by_soap(rcond=0), gradients)
         assert np.median([null_share(u) for u in published[1:]]) > 0.8
+
+
+def test_rows_with_small_gradients_are_not_held_back():
+    """In float32, a row with gradients 1000 times smaller trains as in float64."""
+    scales = np.logspace(0, -3, 8)[:, None]
+    gradients = [normal(i, 8, 8) * scales.astype(np.float32) for i in range(STEPS)]
+    expected = sum(reference.run(np.stack(gradients).astype(np.float64)))
+    actual = sum(run(soap_optax.scale_by_soap(), gradients)[0])
+    error = np.linalg.norm(actual - expected, axis=1) / np.linalg.norm(expected, axis=1)
+    assert error.max() < 0.1
+
+
+@pytest.mark.parametrize("rcond", [0.0, 1e-25])
+def test_tiny_rcond(rcond):
+    gradients = [np.array([[1 + i / 10, 0.3], [0, 1e-12]], "f4") for i in range(8)]
+    tx = soap_optax.scale_by_soap(rcond=rcond, precondition_frequency=1)
+    assert np.isfinite(run(tx, gradients)[0]).all()
+
+
+def test_float16_factors_that_would_overflow():
+    gradients = [600 * normal(0), 600 * normal(1), *(normal(i) for i in range(2, 14))]
+    tx = soap_optax.scale_by_soap(precond_dtype=jnp.float16)
+    updates, state = run(tx, gradients)
+    assert all(np.isfinite(f).all() for f in state.factors)
+    assert np.isfinite(updates).all() and np.any(updates[-1])
 
 
 def test_eager_and_jit_agree_on_singular_factors():

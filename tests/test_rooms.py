@@ -18,7 +18,7 @@ ROOMS = {
     "__init__": {"_eigenbasis", "_layout", "_soap"},
 }
 OUTSIDE = {
-    "_layout": {"dataclasses", "math", "collections", "typing", "jax"},
+    "_layout": {"collections", "dataclasses", "jax", "math", "operator", "typing"},
     "_kronecker": {"collections", "typing", "jax"},
 }
 
