@@ -34,11 +34,11 @@ lint: setup
 	$(BIN)/mypy
 
 test: lint
-	$(BIN)/python -m pytest -n 2 -m "not slow"
+	$(BIN)/python -m pytest -n 2
 
 test-oldest:
 	$(MAKE) setup VENV=.venv-oldest PINS="jax==0.7.2 jaxlib==0.7.2 optax==0.2.6"
-	.venv-oldest/bin/python -m pytest -n 2 -m "not slow"
+	.venv-oldest/bin/python -m pytest -n 2
 
 format: setup
 	$(BIN)/ruff format .

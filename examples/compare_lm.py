@@ -43,23 +43,23 @@ def run(compare: Compare, optimizer: str, name: str, **changes: float) -> list[R
 
 def sweep(compare: Compare) -> None:
     """The learning rate at b2 = 0.95, then b2 = 0.99 at the best learning rate."""
+    table = []
     for optimizer in compare.optimizers:
-        table = []
 
-        def final_loss(learning_rate, b2, optimizer=optimizer, table=table):
+        def final_loss(learning_rate, b2, optimizer=optimizer):
             name = f"{optimizer}_lr{learning_rate:g}_b2{b2:g}"
             rows = run(compare, optimizer, name, learning_rate=learning_rate, b2=b2)
             loss = rows[-1].validation_loss
-            table.append((learning_rate, b2, loss))
+            table.append((optimizer, learning_rate, b2, loss))
             print(f"{optimizer} learning rate {learning_rate:g} b2 {b2:g}: {loss:.4f}")
             return loss
 
         best = min(LEARNING_RATES, key=lambda rate: final_loss(rate, 0.95))
         final_loss(best, 0.99)
-        with (compare.out / f"sweep_{optimizer}.csv").open("w", newline="") as file:
-            writer = csv.writer(file)
-            writer.writerow(("learning_rate", "b2", "validation_loss"))
-            writer.writerows(table)
+    with (compare.out / "sweep.csv").open("w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(("optimizer", "learning_rate", "b2", "validation_loss"))
+        writer.writerows(table)
 
 
 def reached(rows: list[Row], loss: float) -> Row | None:

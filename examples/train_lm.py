@@ -11,6 +11,7 @@ QK-norm, GELU MLP of 4x the width, no biases, z-loss), in Flax.
 
 import csv
 import dataclasses
+import functools
 import sys
 import sysconfig
 import time
@@ -115,7 +116,24 @@ class Config:
             "context": preset.context,
         }
         missing = {k: v for k, v in defaults.items() if getattr(self, k) is None}
-        return dataclasses.replace(self, **missing)
+        filled = dataclasses.replace(self, **missing)
+        filled.check()
+        return filled
+
+    def check(self) -> None:
+        """Refuses sizes that are not positive or do not fit."""
+        positive = ("vocab", "steps", "batch", "context", "accumulate", "eval_every")
+        for name in (*positive, "eval_batches", "checkpoint_every"):
+            if getattr(self, name) < 1:
+                option = name.replace("_", "-")
+                raise ValueError(
+                    f"--{option} must be at least 1, got {getattr(self, name)}"
+                )
+        if self.batch % self.accumulate:
+            raise ValueError(
+                f"--accumulate must divide the batch of {self.batch}, got "
+                f"{self.accumulate}"
+            )
 
 
 # --- model ---------------------------------------------------------------------------
@@ -196,6 +214,11 @@ def read_tokens(data: str) -> np.ndarray:
             f"--data must be a file, a folder or stdlib, got {data}"
         )
     if path.suffix == ".bin":
+        if path.stat().st_size % 2 or not path.stat().st_size:
+            raise ValueError(
+                f"--data must be a .bin of uint16 tokens, got {data} of "
+                f"{path.stat().st_size} bytes"
+            )
         return np.memmap(path, np.uint16, mode="r")
     if path.is_file():
         return np.fromfile(path, np.uint8)
@@ -221,28 +244,37 @@ class Corpus:
     """
 
     tokens: np.ndarray
-    context: int
-    seed: int
+    config: Config
 
     def __post_init__(self) -> None:
-        needed = 40 * 20 * (self.context + 1)
+        needed = 40 * 20 * (self.config.context + 1)
         if len(self.tokens) < needed:
             raise ValueError(
                 f"--data must hold at least {needed} tokens for --context "
-                f"{self.context}, got {len(self.tokens)}"
+                f"{self.config.context}, got {len(self.tokens)}"
             )
 
     def batch(self, step: int, size: int, *, validation: bool = False) -> np.ndarray:
         """Tokens `[size, context + 1]`, int32."""
-        rng = np.random.default_rng([self.seed, step, validation])
+        rng = np.random.default_rng([self.config.seed, step, validation])
         stretch = len(self.tokens) // 40
         split = int(0.95 * stretch)
         low, high = (split, stretch) if validation else (0, split)
-        offsets = rng.integers(low, high - self.context, size)
+        offsets = rng.integers(low, high - self.config.context, size)
         starts = rng.integers(0, 40, size) * stretch + offsets
-        return np.stack([self.tokens[s : s + self.context + 1] for s in starts]).astype(
-            np.int32
-        )
+        windows = [self.tokens[s : s + self.config.context + 1] for s in starts]
+        tokens = np.stack(windows).astype(np.int32)
+        if tokens.max() >= self.config.vocab:
+            raise ValueError(
+                f"--vocab must exceed every token, got {self.config.vocab} and the "
+                f"token {tokens.max()}"
+            )
+        return tokens
+
+    def micro_batches(self, step: int) -> np.ndarray:
+        """Tokens of a training step, `[micro-batches, batch, context + 1]`."""
+        tokens = self.batch(step, self.config.batch)
+        return tokens.reshape(self.config.accumulate, -1, tokens.shape[-1])
 
 
 # --- optimizers ----------------------------------------------------------------------
@@ -347,92 +379,85 @@ class Row:
     tokens_per_second: float
 
 
+def open_checkpoints(
+    config: Config, state: TrainState
+) -> tuple[ocp.CheckpointManager | None, TrainState, float]:
+    """The checkpoints, and the state and seconds to start from."""
+    if config.checkpoint_dir is None:
+        if config.resume:
+            raise ValueError("--resume needs --checkpoint-dir, got none")
+        return None, state, 0.0
+    manager = ocp.CheckpointManager(
+        config.checkpoint_dir.absolute(),
+        options=ocp.CheckpointManagerOptions(max_to_keep=2),
+    )
+    if config.resume:
+        return manager, *restore(manager, state)
+    if manager.latest_step() is not None:
+        raise ValueError(
+            "--checkpoint-dir must be empty unless --resume is given, got "
+            f"{config.checkpoint_dir} with step {manager.latest_step()}"
+        )
+    return manager, state, 0.0
+
+
 def train(config: Config) -> Iterator[Row]:
     """Trains and yields a row of metrics at every evaluation."""
     config = config.filled()
-    if config.batch % config.accumulate:
-        raise ValueError(
-            f"--accumulate must divide the batch of {config.batch}, got "
-            f"{config.accumulate}"
-        )
-    corpus = Corpus(read_tokens(config.data), config.context, config.seed)
-    if (top := int(corpus.tokens[: 1 << 20].max())) >= config.vocab:
-        raise ValueError(
-            f"--vocab must exceed every token, got {config.vocab} <= {top}"
-        )
+    corpus = Corpus(read_tokens(config.data), config)
     model = make_model(config)
-    state = make_state(config, model)
-    manager = None
-    seconds = 0.0
-    if config.resume and config.checkpoint_dir is None:
-        raise ValueError("--resume needs --checkpoint-dir, got none")
-    if config.checkpoint_dir is not None:
-        options = ocp.CheckpointManagerOptions(max_to_keep=2)
-        manager = ocp.CheckpointManager(
-            config.checkpoint_dir.absolute(), options=options
-        )
-        if config.resume:
-            state, seconds = restore(manager, state)
-
-    def train_batch(step):
-        return corpus.batch(step, config.batch).reshape(
-            config.accumulate, -1, config.context + 1
-        )
-
-    step_fn = jax.jit(
-        lambda state, tokens: train_step(
-            state, tokens, model=model, z_loss=config.z_loss
-        ),
-        donate_argnums=0,
-    )
-    step_fn = step_fn.lower(state, train_batch(0)).compile()
+    manager, state, seconds = open_checkpoints(config, make_state(config, model))
+    step_fn = functools.partial(train_step, model=model, z_loss=config.z_loss)
+    step_fn = jax.jit(step_fn, donate_argnums=0)
+    step_fn = step_fn.lower(state, corpus.micro_batches(0)).compile()
     eval_fn = jax.jit(lambda params, tokens: cross_entropy(model, params, tokens)[0])
-    eval_size = min(config.batch, 128)
     eval_set = [
-        corpus.batch(i, eval_size, validation=True) for i in range(config.eval_batches)
+        corpus.batch(i, min(config.batch, 128), validation=True)
+        for i in range(config.eval_batches)
     ]
     jax.block_until_ready(eval_fn(state.params, eval_set[0]))
 
-    losses: list[jax.Array] = []
+    first = int(state.step)
     progress = tqdm(
-        range(int(state.step), config.steps),
-        initial=int(state.step),
+        range(first, config.steps),
+        initial=first,
         total=config.steps,
         desc=config.optimizer,
         file=sys.stderr,
     )
+    losses: list[jax.Array] = []
+    seconds_before = seconds
     since = time.perf_counter()
     for step in progress:
-        state, loss = step_fn(state, train_batch(step))
+        state, loss = step_fn(state, corpus.micro_batches(step))
         losses.append(loss)
         done = step + 1
-        last = done == config.steps
-        if done % config.eval_every == 0 or last:
-            jax.block_until_ready(loss)
-            elapsed = time.perf_counter() - since
-            seconds += elapsed
+        evaluate = done % config.eval_every == 0 or done == config.steps
+        checkpoint = done % config.checkpoint_every == 0 or done == config.steps
+        if not evaluate and not (manager and checkpoint):
+            continue
+        jax.block_until_ready(loss)
+        seconds += time.perf_counter() - since
+        if evaluate:
+            trained = len(losses) * config.batch * config.context
+            validation = [eval_fn(state.params, tokens) for tokens in eval_set]
             row = Row(
                 step=done,
                 seconds=round(seconds, 3),
                 train_loss=float(np.mean(losses)),
-                validation_loss=float(
-                    np.mean([eval_fn(state.params, tokens) for tokens in eval_set])
-                ),
-                tokens_per_second=round(
-                    len(losses) * config.batch * config.context / elapsed, 1
-                ),
+                validation_loss=float(np.mean(validation)),
+                tokens_per_second=round(trained / (seconds - seconds_before), 1),
             )
-            losses = []
+            losses, seconds_before = [], seconds
             progress.set_postfix(
                 loss=f"{row.train_loss:.3f}",
                 validation=f"{row.validation_loss:.3f}",
                 tokens_per_s=f"{row.tokens_per_second:.0f}",
             )
             yield row
-            since = time.perf_counter()
-        if manager and (done % config.checkpoint_every == 0 or last):
+        if manager and checkpoint:
             save(manager, state, seconds)
-            since = time.perf_counter()
+        since = time.perf_counter()
     if manager:
         manager.wait_until_finished()
 
@@ -474,10 +499,21 @@ def write_rows(path: Path, rows: list[Row]) -> None:
         writer.writerows(dataclasses.asdict(row) for row in rows)
 
 
+def read_rows(path: Path) -> list[Row]:
+    types = {field.name: field.type for field in dataclasses.fields(Row)}
+    with path.open(newline="") as file:
+        return [
+            Row(**{name: types[name](value) for name, value in row.items()})
+            for row in csv.DictReader(file)
+        ]
+
+
 def main(config: Config) -> None:
-    rows = []
+    rows: list[Row] = []
+    if config.metrics and config.resume and config.metrics.exists():
+        rows = read_rows(config.metrics)
     for row in train(config):
-        rows.append(row)
+        rows = [*(before for before in rows if before.step < row.step), row]
         if config.metrics:
             write_rows(config.metrics, rows)
     if rows:
@@ -485,4 +521,7 @@ def main(config: Config) -> None:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Config, description=__doc__))
+    try:
+        main(tyro.cli(Config, description=__doc__))
+    except (ValueError, FileNotFoundError) as error:
+        sys.exit(f"error: {error}")

@@ -9,7 +9,17 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-from train_lm import PRESETS, Config, Corpus, make_model, make_state, read_tokens, train
+from train_lm import (
+    PRESETS,
+    Config,
+    Corpus,
+    main,
+    make_model,
+    make_state,
+    read_rows,
+    read_tokens,
+    train,
+)
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 SMALL = Config(
@@ -46,6 +56,8 @@ def test_resuming_continues_bit_for_bit(tmp_path):
     assert losses(dataclasses.replace(config, resume=True)) == whole[2:]
     # All done: nothing is left to train.
     assert losses(dataclasses.replace(config, resume=True)) == []
+    with pytest.raises(ValueError, match="--checkpoint-dir must be empty unless"):
+        losses(config)
 
 
 def test_micro_batches_are_one_batch():
@@ -95,7 +107,8 @@ def test_corpora(tmp_path):
 
 
 def test_batches_do_not_overlap_validation():
-    corpus = Corpus(np.arange(40_000), context=16, seed=0)
+    config = dataclasses.replace(SMALL, vocab=40_000, context=16).filled()
+    corpus = Corpus(np.arange(40_000), config)
     seen = {int(t) for i in range(40) for t in corpus.batch(i, 64).reshape(-1)}
     held_out = corpus.batch(0, 256, validation=True)
     assert not seen & {int(t) for t in held_out.reshape(-1)}
@@ -109,6 +122,8 @@ def test_batches_do_not_overlap_validation():
         ({"data": "/nowhere"}, FileNotFoundError, "--data must be a file, a folder"),
         ({"accumulate": 3}, ValueError, "--accumulate must divide the batch of 4"),
         ({"vocab": 100}, ValueError, "--vocab must exceed every token, got 100"),
+        ({"accumulate": 0}, ValueError, "--accumulate must be at least 1, got 0"),
+        ({"eval_every": 0}, ValueError, "--eval-every must be at least 1, got 0"),
         ({"data": __file__, "context": 4096}, ValueError, "--data must hold at least"),
     ],
 )
@@ -123,6 +138,36 @@ def test_resuming_from_nothing(tmp_path):
         rows(config)
     with pytest.raises(ValueError, match="--resume needs --checkpoint-dir"):
         rows(dataclasses.replace(SMALL, resume=True))
+
+
+def test_seconds_leave_out_checkpoints_but_nothing_else(tmp_path):
+    config = dataclasses.replace(SMALL, optimizer="adamw", eval_every=6, steps=6)
+    (plain,) = rows(config)
+    checkpointed = dataclasses.replace(
+        config, checkpoint_dir=tmp_path, checkpoint_every=5
+    )
+    (row,) = rows(checkpointed)
+    for r in (plain, row):
+        assert r.tokens_per_second == pytest.approx(6 * 4 * 32 / r.seconds, rel=0.05)
+
+
+def test_resumed_metrics_keep_the_rows_before(tmp_path):
+    config = dataclasses.replace(
+        SMALL,
+        optimizer="adamw",
+        metrics=tmp_path / "metrics.csv",
+        checkpoint_dir=tmp_path / "checkpoints",
+    )
+    main(dataclasses.replace(config, steps=4))
+    main(dataclasses.replace(config, resume=True))
+    assert [row.step for row in read_rows(config.metrics)] == [2, 4, 6]
+
+
+@pytest.mark.parametrize("content", [b"", b"odd"])
+def test_bin_files_that_are_not_tokens(tmp_path, content):
+    (tmp_path / "tokens.bin").write_bytes(content)
+    with pytest.raises(ValueError, match=r"--data must be a \.bin of uint16 tokens"):
+        read_tokens(str(tmp_path / "tokens.bin"))
 
 
 def test_an_empty_folder(tmp_path):
@@ -145,6 +190,14 @@ def test_command_line(tmp_path):
         table = list(csv.DictReader(file))
     assert [row["step"] for row in table] == ["2", "4"]
     assert float(table[-1]["tokens_per_second"]) > 0
+
+
+def test_command_line_errors_are_one_line():
+    command = [sys.executable, str(EXAMPLES / "train_lm.py"), "--data", "/nowhere"]
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert result.returncode != 0
+    assert "error: --data must be a file, a folder" in result.stderr
+    assert "Traceback" not in result.stderr
 
 
 def test_comparison(tmp_path):
