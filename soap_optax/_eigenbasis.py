@@ -218,12 +218,17 @@ def _init(
     def per_factor(
         make: Callable[[tuple[int, ...], Any], jax.Array],
     ) -> list[list[Any]]:
+        def one(array: Any, leaf: _tree.Leaf, shape: tuple[int, ...] | None) -> Any:
+            if shape is None:
+                return None
+            stored = make(shape, _stored_dtype(leaf, options))
+            if isinstance(array, jax.ShapeDtypeStruct):
+                return stored
+            return _kronecker.sharded_like(stored, array, leaf.layout)
+
         return [
-            [
-                None if shape is None else make(shape, _stored_dtype(leaf, options))
-                for shape in leaf.layout.factor_shapes()
-            ]
-            for leaf in plan.leaves
+            [one(array, leaf, shape) for shape in leaf.layout.factor_shapes()]
+            for array, leaf in zip(plan.arrays, plan.leaves, strict=True)
         ]
 
     def identity(shape: tuple[int, ...], dtype: Any) -> jax.Array:

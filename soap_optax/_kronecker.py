@@ -17,15 +17,29 @@ they are cut into blocks. Factors and eigenbases are `[grid…, b, b]`, eigenval
 Stabilizing Shampoo using Adam", https://arxiv.org/abs/2409.11321, Algorithms 3 and 4.
 """
 
+import functools
 from collections.abc import Sequence
 from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 
-from soap_optax._layout import Layout
+from soap_optax._layout import Layout, explicit_sharding
 
 PerAxis = Sequence[jax.Array | None]
+
+
+def sharded_like(stored: jax.Array, array: jax.Array, layout: Layout) -> jax.Array:
+    """`stored`, `[grid…, …]`, on an explicit mesh sharded like the blocks of `array`.
+
+    So a state has the same sharding before its first step as after it.
+    """
+    if explicit_sharding(array, range(array.ndim)) is None:
+        return stored
+    within = [None] * (stored.ndim - len(layout.grid))
+    blocks = layout.to_blocks(array)
+    sharding = explicit_sharding(blocks, [*layout.grid, *within])
+    return jax.sharding.reshard(stored, sharding)
 
 
 def accumulate(
@@ -110,7 +124,7 @@ def follow(
         kept = sorted((*layout.grid, axis))
         energy = jnp.sum(squares, [d for d in range(squares.ndim) if d not in kept])
         energy = jnp.moveaxis(energy, kept.index(axis), -1)
-        sharding = _explicit_sharding(squares, [*layout.grid, None])
+        sharding = explicit_sharding(squares, [*layout.grid, None])
         if sharding is not None:
             energy = jax.sharding.reshard(energy, sharding)
         mean = _mean(eigenvalue.astype(energy.dtype), energy, weight)
@@ -144,7 +158,7 @@ def damp(
             share = jnp.moveaxis(share, -1, kept.index(axis)).astype(blocks.dtype)
             others = [d for d in range(blocks.ndim) if d not in kept]
             damped = blocks * jnp.expand_dims(share, others)
-            array = layout.from_blocks(damped)
+            array = layout.from_blocks(damped, array)
     return array
 
 
@@ -174,6 +188,21 @@ def refresh(
     Returns:
       The new `eigenbasis` and `eigenvalues`, in the shapes and dtypes of the old.
     """
+    run = functools.partial(_refresh, method=method, precision=precision)
+    shardings = [explicit_sharding(x, range(x.ndim)) for x in (eigenbasis, eigenvalues)]
+    if shardings[0] is not None:  # for decompositions JAX has no rules of sharding
+        run = jax.sharding.auto_axes(run, out_sharding=tuple(shardings))
+    return run(factor, eigenbasis, eigenvalues)
+
+
+def _refresh(
+    factor: jax.Array,
+    eigenbasis: jax.Array,
+    eigenvalues: jax.Array,
+    *,
+    method: str,
+    precision: Any,
+) -> tuple[jax.Array, jax.Array]:
     matrix, basis = _at_least_float32(factor), _at_least_float32(eigenbasis)
     products = jnp.matmul(matrix, basis, precision=precision)
     quotients = jnp.sum(basis * products, axis=-2)
@@ -247,7 +276,7 @@ def _gram(
     return jnp.einsum(
         *(blocks, rows, blocks, columns, [*grid, axis, blocks.ndim]),
         precision=precision,
-        out_sharding=_explicit_sharding(blocks, [*grid, None, None]),
+        out_sharding=explicit_sharding(blocks, [*grid, None, None]),
     )
 
 
@@ -265,21 +294,7 @@ def _multiply(
             blocks = jnp.einsum(
                 *(blocks, old, basis.astype(blocks.dtype), [*layout.grid, *entry], new),
                 precision=precision,
-                out_sharding=_explicit_sharding(blocks, old),
+                out_sharding=explicit_sharding(blocks, old),
             )
-            turned = layout.from_blocks(blocks)
+            turned = layout.from_blocks(blocks, turned)
     return turned.astype(array.dtype)
-
-
-def _explicit_sharding(
-    blocks: jax.Array, dims: Sequence[int | None]
-) -> jax.sharding.NamedSharding | None:
-    """The sharding of an array with these dimensions of `blocks`, None: not sharded.
-
-    Only on a mesh with explicit axes, where a product has to say how it is sharded.
-    """
-    sharding = jax.typeof(blocks).sharding
-    if jax.sharding.AxisType.Explicit not in sharding.mesh.axis_types:
-        return None
-    spec = jax.P(*(None if d is None else sharding.spec[d] for d in dims))
-    return jax.sharding.NamedSharding(sharding.mesh, spec)

@@ -53,6 +53,8 @@ class Layout:
       order: its axes, permuted only where the axes of one factor are not adjacent.
       view: shape of the array of blocks, for instance `[m/b1, b1, n/b2, b2]`.
       grid: the axes of the view that number the blocks: batch axes and block indices.
+      parents: for each axis of the view, the axis of the (ordered) parameter it takes
+        its sharding from, None where it takes none.
       axes: the axes of the view along a block, one per factor.
       factored: for each of `axes`, whether it has a factor or keeps the identity.
     """
@@ -60,19 +62,45 @@ class Layout:
     shape: tuple[int, ...]
     order: tuple[int, ...]
     view: tuple[int, ...]
+    parents: tuple[int | None, ...]
     grid: tuple[int, ...]
     axes: tuple[int, ...]
     factored: tuple[bool, ...]
 
     def to_blocks(self, array: jax.Array) -> jax.Array:
         """Views a parameter-shaped array as an array of blocks."""
-        return array.transpose(self.order).reshape(self.view)
+        ordered = array.transpose(self.order)
+        sharding = self._sharding_of_view(ordered)
+        return jax.lax.reshape(ordered, self.view, out_sharding=sharding)
 
-    def from_blocks(self, blocks: jax.Array) -> jax.Array:
-        """Inverse of `to_blocks`."""
+    def from_blocks(self, blocks: jax.Array, like: jax.Array) -> jax.Array:
+        """Inverse of `to_blocks`, sharded like `like`."""
         inverse = sorted(range(len(self.order)), key=self.order.__getitem__)
-        ordered = blocks.reshape([self.shape[axis] for axis in self.order])
-        return ordered.transpose(inverse)
+        ordered = jax.eval_shape(lambda x: x.transpose(self.order), like)
+        sharding = explicit_sharding(like, self.order)
+        return jax.lax.reshape(blocks, ordered.shape, out_sharding=sharding).transpose(
+            inverse
+        )
+
+    def _sharding_of_view(
+        self, ordered: jax.Array
+    ) -> jax.sharding.NamedSharding | None:
+        """On a mesh with explicit axes, block indices are sharded where that fits."""
+        sharding = explicit_sharding(ordered, range(ordered.ndim))
+        if sharding is None:
+            return None
+
+        def spec(size: int, parent: int | None) -> Any:
+            if parent is None or sharding.spec[parent] is None:
+                return None
+            named = sharding.spec[parent]
+            names = named if isinstance(named, tuple) else (named,)
+            shards = math.prod(sharding.mesh.shape[name] for name in names)
+            return None if size % shards else named
+
+        entries = zip(self.view, self.parents, strict=True)
+        spec_of_view = jax.P(*(spec(*entry) for entry in entries))
+        return jax.sharding.NamedSharding(sharding.mesh, spec_of_view)
 
     def factor_shapes(self) -> tuple[tuple[int, ...] | None, ...]:
         """The shape `[grid…, b, b]` of each factor, None where it is the identity."""
@@ -86,7 +114,22 @@ class Layout:
 def _identity(shape: tuple[int, ...]) -> Layout:
     """The layout of a parameter without factors."""
     axes = tuple(range(len(shape)))
-    return Layout(shape, axes, shape, (), axes, (False,) * len(shape))
+    return Layout(shape, axes, shape, axes, (), axes, (False,) * len(shape))
+
+
+def explicit_sharding(
+    array: jax.Array, dims: Sequence[int | None]
+) -> jax.sharding.NamedSharding | None:
+    """The sharding of an array with these dimensions of `array`, None: not sharded.
+
+    Only on a mesh with explicit axes, where reshapes and products have to say how their
+    result is sharded; else None.
+    """
+    sharding = jax.typeof(array).sharding
+    if jax.sharding.AxisType.Explicit not in sharding.mesh.axis_types:
+        return None
+    spec = jax.P(*(None if d is None else sharding.spec[d] for d in dims))
+    return jax.sharding.NamedSharding(sharding.mesh, spec)
 
 
 def make_layout(
@@ -149,11 +192,13 @@ def _assemble(
     group_of = {axis: i for i, group in enumerate(groups) for axis in group}
     order: list[int] = []
     view: list[int] = []
+    parents: list[int | None] = []
     grid: list[int] = []
     axes = [0] * len(groups)
     for axis, size in enumerate(shape):
         if axis in order:
             continue
+        parents.append(len(order))
         if axis not in group_of:
             order.append(axis)
             grid.append(len(view))
@@ -165,10 +210,17 @@ def _assemble(
         if count > 1:
             grid.append(len(view))
             view.append(count)
+            parents.append(None)
         axes[i] = len(view)
         view.append(blocks[i])
     return Layout(
-        shape, tuple(order), tuple(view), tuple(grid), tuple(axes), tuple(factored)
+        shape,
+        order=tuple(order),
+        view=tuple(view),
+        parents=tuple(parents),
+        grid=tuple(grid),
+        axes=tuple(axes),
+        factored=tuple(factored),
     )
 
 

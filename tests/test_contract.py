@@ -292,6 +292,44 @@ def test_abstract_init(make):
     assert_same_types(jax.eval_shape(tx.init, params), tx.init(params))
 
 
+@pytest.mark.parametrize(
+    ("options", "shape", "spec"),
+    [
+        ({"block_size": 2}, (16, 4), ("x", None)),
+        ({"block_size": 4}, (8, 64), (None, "x")),
+        ({"block_size": 4}, (16, 6), ("x", None)),
+        ({"merge_dims": True}, (2, 8, 3), (None, "x", None)),
+        (
+            {"dimension_numbers": soap_optax.DimensionNumbers((1, 2))},
+            (8, 4, 6),
+            ("x", None, None),
+        ),
+        (
+            {"dimension_numbers": soap_optax.DimensionNumbers(((0, 2), 1))},
+            (2, 8, 3),
+            (None, "x", None),
+        ),
+    ],
+)
+def test_explicit_mesh_with_blocks_and_batch_axes(options, shape, spec):
+    axis_types = (jax.sharding.AxisType.Explicit,)
+    mesh = jax.make_mesh((8,), ("x",), axis_types=axis_types)
+    tx = soap_optax.scale_by_soap(precondition_frequency=2, **options)
+    grads = [np.random.default_rng(i).normal(size=shape).astype("f4") for i in range(4)]
+    with jax.set_mesh(mesh):
+        place = lambda x: jax.device_put(x, NamedSharding(mesh, jax.P(*spec)))  # noqa: E731
+        state = tx.init(place(grads[0]))
+        types_before = jax.tree.map(jax.typeof, state)
+        for grad in grads:
+            updates, state = jax.jit(tx.update)(place(grad), state)
+        assert jax.typeof(updates) == jax.typeof(place(grads[0]))
+        assert jax.tree.map(jax.typeof, state) == types_before
+    alone = tx.init(jnp.asarray(grads[0]))
+    for grad in grads:
+        expected, alone = jax.jit(tx.update)(jnp.asarray(grad), alone)
+    np.testing.assert_allclose(updates, expected, atol=1e-3)
+
+
 @pytest.mark.parametrize("name", ["soap", "current", "lion"])
 @pytest.mark.parametrize("dtype", ["float16", "float32"])
 def test_explicit_mesh_keeps_sharding_types(name, dtype):

@@ -19,7 +19,7 @@ ROOMS = {
 }
 OUTSIDE = {
     "_layout": {"collections", "dataclasses", "jax", "math", "operator", "typing"},
-    "_kronecker": {"collections", "typing", "jax"},
+    "_kronecker": {"collections", "functools", "jax", "typing"},
 }
 
 
