@@ -17,7 +17,7 @@ import numpy as np
 import optax
 
 from soap_optax import _arguments, _kronecker, _tree
-from soap_optax._layout import make_layout
+from soap_optax._layout import Layout, make_layout
 
 # Fields of optax states that hold a mean of gradients.
 FIRST_MOMENTS = ("mu", "trace", "ema", "m1", "m2", "grad_acc", "acc_grads")
@@ -147,22 +147,14 @@ def in_eigenbasis(
         first_moments=tuple(first_moments),
     )
     _check_options(options)
-    _check_geometry(
-        max_precond_dim,
-        block_size,
-        dimension_numbers,
-        merge_dims=merge_dims,
-        precondition_1d=precondition_1d,
-        one_sided=one_sided,
-    )
-    layout_of = functools.partial(
-        make_layout,
+    layout_of = _checked_layout(
         max_precond_dim=max_precond_dim,
         merge_dims=merge_dims,
         precondition_1d=precondition_1d,
         one_sided=one_sided,
         block_size=block_size,
     )
+    _check_dimension_numbers(dimension_numbers)
 
     def plan_of(tree: Any) -> _tree.Plan:
         return _tree.make_plan(tree, layout_of, dimension_numbers)
@@ -460,18 +452,25 @@ def _check_options(options: _Options) -> None:
     _arguments.require_dtype("precond_dtype", options.precond_dtype)
 
 
-def _check_geometry(
-    max_precond_dim: Any, block_size: Any, dimension_numbers: Any, **flags: Any
-) -> None:
+def _checked_layout(
+    max_precond_dim: Any, block_size: Any, **flags: Any
+) -> Callable[..., Layout]:
+    """`make_layout` with its options, checked."""
     _arguments.require_int("max_precond_dim", max_precond_dim, 0)
     if block_size is not None:
         _arguments.require_int("block_size", block_size, 2)
+    for name, value in flags.items():
+        _arguments.require_choice(name, value, (True, False))
+    return functools.partial(
+        make_layout, max_precond_dim=max_precond_dim, block_size=block_size, **flags
+    )
+
+
+def _check_dimension_numbers(dimension_numbers: Any) -> None:
     _arguments.require_static("dimension_numbers", dimension_numbers)
     is_tree = not isinstance(dimension_numbers, (str, int, float))
     rule = "dimension numbers, a tree of them, a callable or None"
     _arguments.require("dimension_numbers", dimension_numbers, rule, is_tree)
-    for name, value in flags.items():
-        _arguments.require_choice(name, value, (True, False))
 
 
 def _params_placeholder() -> type:
