@@ -385,11 +385,11 @@ def _cast_first_moments(
     plan: _tree.Plan, options: _Options, inner_state: optax.OptState
 ) -> optax.OptState:
     """The inner state with its first moments in `mu_dtype`."""
+    if options.mu_dtype is None:
+        return inner_state
     _, moments, with_moments = _tree.split_first_moments(
         inner_state, plan.leaves, options.first_moments
     )
-    if options.mu_dtype is None:
-        return inner_state
     return with_moments([moment.astype(options.mu_dtype) for moment in moments])
 
 

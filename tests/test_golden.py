@@ -61,4 +61,4 @@ def test_published_algorithm_in_float32_leaks_into_the_null_space():
     grads, params, options = load(Path(__file__).parent / "golden" / "tall_f3.npz")
     published = errors(grads, params, jnp.float32, rcond=0, **options)
     mended = errors(grads, params, jnp.float32, **options)
-    assert mended.max() < published.max() / 10
+    assert published.max() > 1e-3 and mended.max() < 1e-5
