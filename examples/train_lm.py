@@ -82,6 +82,8 @@ class Config:
     """Global norm at which gradients are clipped."""
     precondition_frequency: int = 10
     block_size: int | None = None
+    rcond: float | None = None
+    """Damping of directions that are round-off; None: SOAP's default, 0: off."""
     steps: int | None = None
     warmup: int | None = None
     batch: int | None = None
@@ -97,6 +99,8 @@ class Config:
     eval_batches: int = 8
     metrics: Path | None = None
     """CSV file for the metrics."""
+    diagnose: bool = True
+    """Log, of SOAP, the state of the eigenbases at every evaluation."""
     checkpoint_dir: Path | None = None
     checkpoint_every: int = 200
     resume: bool = False
@@ -307,6 +311,7 @@ def make_optimizer(config: Config) -> optax.GradientTransformation:
             **decay,
             precondition_frequency=config.precondition_frequency,
             block_size=config.block_size,
+            rcond=config.rcond,
         )
     elif config.optimizer == "adamw":
         optimizer = optax.adamw(schedule, config.b1, config.b2, **decay)
@@ -370,13 +375,34 @@ def make_state(config: Config, model: Transformer) -> TrainState:
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """Metrics at a step; seconds are those spent in training steps since the start."""
+    """Metrics at a step; seconds are those spent in training steps since the start.
+
+    The last four say how the eigenbases of SOAP are, see `soap_optax.diagnostics`: the
+    median over all factors of the condition number, means of the others.
+    """
 
     step: int
     seconds: float
     train_loss: float
     validation_loss: float
     tokens_per_second: float
+    condition: float = float("nan")
+    off_diagonal: float = float("nan")
+    rotation: float = float("nan")
+    skipped: float = float("nan")
+
+
+@jax.jit
+def diagnose(opt_state: optax.OptState) -> dict[str, jax.Array]:
+    """The figures of a `Row` about the eigenbases."""
+    per_factor = jax.tree.leaves(
+        soap_optax.diagnostics(opt_state),
+        is_leaf=lambda node: isinstance(node, soap_optax.Diagnostics),
+    )
+    flat = [jax.tree.map(jnp.ravel, figures) for figures in per_factor]
+    together = jax.tree.map(lambda *x: jnp.concatenate(x), *flat)
+    means = jax.tree.map(jnp.mean, together)
+    return means._replace(condition=jnp.median(together.condition))._asdict()
 
 
 def open_checkpoints(
@@ -441,18 +467,22 @@ def train(config: Config) -> Iterator[Row]:
         if evaluate:
             trained = len(losses) * config.batch * config.context
             validation = [eval_fn(state.params, tokens) for tokens in eval_set]
+            is_soap = config.optimizer == "soap" and config.diagnose
+            bases = diagnose(state.opt_state) if is_soap else {}
             row = Row(
                 step=done,
                 seconds=round(seconds, 3),
                 train_loss=float(np.mean(losses)),
                 validation_loss=float(np.mean(validation)),
                 tokens_per_second=round(trained / (seconds - seconds_before), 1),
+                **{name: float(value) for name, value in bases.items()},
             )
             losses, seconds_before = [], seconds
             progress.set_postfix(
                 loss=f"{row.train_loss:.3f}",
                 validation=f"{row.validation_loss:.3f}",
                 tokens_per_s=f"{row.tokens_per_second:.0f}",
+                **{name: f"{float(value):.2g}" for name, value in bases.items()},
             )
             yield row
         if manager and checkpoint:

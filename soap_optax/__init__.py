@@ -1,5 +1,7 @@
 """SOAP for JAX: optax transformations in the eigenbasis of Shampoo's preconditioner."""
 
+from soap_optax._diagnostics import Diagnostics as Diagnostics
+from soap_optax._diagnostics import diagnostics as diagnostics
 from soap_optax._eigenbasis import EigenbasisState as EigenbasisState
 from soap_optax._eigenbasis import in_eigenbasis as in_eigenbasis
 from soap_optax._layout import DimensionNumbers as DimensionNumbers

@@ -24,6 +24,13 @@ def require_number(name: str, value: Any, low: float, below: float) -> None:
     require(name, value, rule, bool(number and low <= value < below))
 
 
+def require_positive(name: str, value: Any) -> None:
+    """Requires a finite number above 0. Traced values pass."""
+    if not isinstance(value, jax.core.Tracer):
+        require_number(name, value, 0, float("inf"))
+        require(name, value, "above 0", bool(value > 0))
+
+
 def require_number_or_schedule(name: str, value: Any, low: float, below: float) -> None:
     """Requires a number in [low, below) or a callable."""
     if not callable(value):

@@ -29,6 +29,9 @@ DEFAULT_MAX_PRECOND_DIM: int = np.int64(10_000)  # type: ignore[assignment]
 
 _PerLeaf = list[list[Any]]  # for each parameter, an array or None per axis
 
+# The fields of the state that are so, and how many axes fewer they have than a factor.
+_PER_FACTOR = {"factors": 0, "eigenbases": 0, "eigenvalues": 1, "skipped": 2}
+
 
 class EigenbasisState(NamedTuple):
     """State of `in_eigenbasis`.
@@ -40,18 +43,22 @@ class EigenbasisState(NamedTuple):
 
     Attributes:
       count: steps taken, int32 scalar; the clock of refreshes.
+      refreshes: refreshes that were due, int32 scalar.
       factors: Shampoo's factors.
       eigenbases: orthonormal matrices, one eigenvector a column.
       eigenvalues: estimates of the factors' eigenvalues, `[grid…, b]`, in the order of
         the columns: exact or nearly so at a refresh, followed since.
+      skipped: refreshes that failed and left an eigenbasis as it was, int32 `[grid…]`.
       inner_state: the inner transformation's. Its moments hold projected coordinates
         in the parameters' shapes.
     """
 
     count: Any  # not jax.Array, because tuple has a method of this name
+    refreshes: Any
     factors: Any
     eigenbases: Any
     eigenvalues: Any
+    skipped: Any
     inner_state: optax.OptState
 
 
@@ -68,6 +75,7 @@ class _Options:
     precond_dtype: Any
     precision: Any
     rcond: Any
+    clip_update_rms: Any
     first_moments: tuple[str, ...]
 
 
@@ -89,6 +97,7 @@ def in_eigenbasis(
     precond_dtype: jax.typing.DTypeLike | None = None,
     precision: Any = jax.lax.Precision.HIGHEST,
     rcond: float | None = None,
+    clip_update_rms: jax.typing.ArrayLike | None = None,
     first_moments: Sequence[str] = FIRST_MOMENTS,
 ) -> optax.GradientTransformationExtraArgs:
     """Runs `inner` in the eigenbasis of Shampoo's factors.
@@ -104,6 +113,8 @@ def in_eigenbasis(
         least float32.
       shampoo_beta: decay of the factors, in [0, 1); None means 0.95.
       precondition_frequency: see `soap_optax.soap`, as for all options not listed here.
+      clip_update_rms: see `soap_optax.soap`; None, as here: no clipping, because the
+        scale of the inner updates is not known.
       first_moments: names of the fields of the inner state that are linear in the
         gradient (momentum). A refresh carries them over to the new eigenbasis; all
         other state, like second moments, belongs to coordinates and stays.
@@ -144,6 +155,7 @@ def in_eigenbasis(
         precond_dtype=precond_dtype,
         precision=precision,
         rcond=rcond,
+        clip_update_rms=clip_update_rms,
         first_moments=tuple(first_moments),
     )
     _check_options(options)
@@ -163,7 +175,8 @@ def in_eigenbasis(
         if isinstance(params, _PARAMS_PLACEHOLDER):
             # optax.tree.map_params asks which parts of the state are shaped like the
             # parameters. Factors are not: one leaf stands for all of them.
-            return EigenbasisState(_zero_count(), 0, 0, 0, inner.init(params))
+            zero = _zero_count()
+            return EigenbasisState(zero, zero, 0, 0, 0, 0, inner.init(params))
         return _nested(plan := plan_of(params), _init(plan, options, inner))
 
     def update_fn(
@@ -173,9 +186,9 @@ def in_eigenbasis(
         **extra_args: Any,
     ) -> tuple[optax.Updates, EigenbasisState]:
         plan = plan_of(updates)
-        flat = _flat(plan, state)
+        flat = _flat(plan, options, state)
         if params is not None:
-            params = [jnp.asarray(p) for p in plan.treedef.flatten_up_to(params)]
+            params = _tree.flatten_params(plan, params)
         step = functools.partial(_step, plan, options, inner, params, extra_args)
         if basis == "current":
             steps, flat = step(_accumulate_and_refresh(plan, options, flat))
@@ -207,9 +220,7 @@ def _init(
 ) -> EigenbasisState:
     """Zero factors and identity eigenbases, as lists that follow the plan."""
 
-    def per_factor(
-        make: Callable[[tuple[int, ...], Any], jax.Array],
-    ) -> list[list[Any]]:
+    def per_factor(make: Callable[[tuple[int, ...], Any], jax.Array]) -> _PerLeaf:
         def one(array: Any, leaf: _tree.Leaf, shape: tuple[int, ...] | None) -> Any:
             if shape is None:
                 return None
@@ -229,15 +240,20 @@ def _init(
     def zero_eigenvalues(shape: tuple[int, ...], dtype: Any) -> jax.Array:
         return jnp.zeros(shape[:-1], jnp.promote_types(dtype, jnp.float32))
 
+    def zero_counts(shape: tuple[int, ...], dtype: Any) -> jax.Array:
+        return jnp.zeros(shape[:-2], jnp.int32)
+
     inner_params = [
         _cast(array, leaf.dtype)
         for leaf, array in zip(plan.leaves, plan.arrays, strict=True)
     ]
     return EigenbasisState(
         count=_zero_count(),
+        refreshes=_zero_count(),
         factors=per_factor(jnp.zeros),
         eigenbases=per_factor(identity),
         eigenvalues=per_factor(zero_eigenvalues),
+        skipped=per_factor(zero_counts),
         inner_state=_cast_first_moments(
             plan, options, inner.init(plan.treedef.unflatten(inner_params))
         ),
@@ -278,15 +294,19 @@ def _step(
         None if params is None else plan.treedef.unflatten(project(params)),
         **extra_args,
     )
-    damped = [
-        _kronecker.damp(update, e, layout, options.rcond)
-        for update, e, layout in zip(
-            plan.treedef.flatten_up_to(inner_updates), eigenvalues, layouts, strict=True
-        )
-    ]
+
+    def finish(update: jax.Array, e: Any, q: Any, layout: Layout) -> jax.Array:
+        update = _kronecker.damp(update, e, layout, options.rcond)
+        if any(layout.factored) and options.clip_update_rms is not None:
+            update = _kronecker.clip_rms(update, layout, options.clip_update_rms)
+        return _kronecker.project_back(update, q, layout, precision)
+
+    inner_steps = plan.treedef.flatten_up_to(inner_updates)
     steps = [
-        _kronecker.project_back(update, q, layout, precision)
-        for update, q, layout in zip(damped, state.eigenbases, layouts, strict=True)
+        finish(*of_leaf)
+        for of_leaf in zip(
+            inner_steps, eigenvalues, state.eigenbases, layouts, strict=True
+        )
     ]
     inner_state = _cast_first_moments(plan, options, inner_state)
     return steps, state._replace(eigenvalues=eigenvalues, inner_state=inner_state)
@@ -314,27 +334,38 @@ def _accumulate_and_refresh(
         return operands
 
     def refresh(
-        method: Any, eigenbases: Any, eigenvalues: Any, moments: Any
+        method: Any, eigenbases: Any, eigenvalues: Any, skipped: Any, moments: Any
     ) -> tuple[Any, ...]:
-        new, eigenvalues = _refresh(factors, eigenbases, eigenvalues, method, options)
+        new, eigenvalues, failed = _refresh(
+            factors, eigenbases, eigenvalues, method, options
+        )
+        skipped = jax.tree.map(jnp.add, skipped, failed)
         moments = [
             _kronecker.change_basis(
                 moment, eigenbases[i], new[i], layouts[i], options.precision
             )
             for i, moment in zip(owners, moments, strict=True)
         ]
-        return new, eigenvalues, moments
+        return new, eigenvalues, skipped, moments
 
     branches: list[Any] = [keep, functools.partial(refresh, options.refresh)]
-    branch = _is_due(options, state.count).astype(jnp.int32)
+    is_due = _is_due(options, state.count).astype(jnp.int32)
+    branch = is_due
     if options.initial_basis == "eigh" and options.refresh != "eigh":
         branches.append(functools.partial(refresh, "eigh"))
         branch = jnp.where(state.count == 0, 2, branch)
-    eigenbases, eigenvalues, moments = jax.lax.switch(
-        branch, branches, state.eigenbases, state.eigenvalues, moments
+    eigenbases, eigenvalues, skipped, moments = jax.lax.switch(
+        *(branch, branches),
+        *(state.eigenbases, state.eigenvalues, state.skipped, moments),
     )
     return EigenbasisState(
-        state.count, factors, eigenbases, eigenvalues, with_moments(moments)
+        count=state.count,
+        refreshes=state.refreshes + is_due,
+        factors=factors,
+        eigenbases=eigenbases,
+        eigenvalues=eigenvalues,
+        skipped=skipped,
+        inner_state=with_moments(moments),
     )
 
 
@@ -344,21 +375,22 @@ def _refresh(
     eigenvalues: _PerLeaf,
     method: Any,
     options: _Options,
-) -> tuple[_PerLeaf, _PerLeaf]:
-    """Refreshes all eigenbases and eigenvalues."""
+) -> tuple[_PerLeaf, _PerLeaf, _PerLeaf]:
+    """Refreshes all eigenbases and eigenvalues, and says which failed."""
 
-    def one(factor: Any, eigenbasis: Any, values: Any) -> tuple[Any, Any]:
+    def one(factor: Any, eigenbasis: Any, values: Any) -> tuple[Any, Any, Any]:
         if factor is None:
-            return None, None
+            return None, None, None
         return _kronecker.refresh(factor, eigenbasis, values, method, options.precision)
 
     refreshed = [
         [one(*of_axis) for of_axis in zip(*of_leaf, strict=True)]
         for of_leaf in zip(factors, eigenbases, eigenvalues, strict=True)
     ]
-    new = [[q for q, _ in of_leaf] for of_leaf in refreshed]
-    eigenvalues = [[e for _, e in of_leaf] for of_leaf in refreshed]
-    return new, eigenvalues
+    new, values, failed = (
+        [[of_axis[i] for of_axis in of_leaf] for of_leaf in refreshed] for i in range(3)
+    )
+    return new, values, failed
 
 
 def _is_due(options: _Options, count: jax.Array) -> jax.Array:
@@ -411,29 +443,31 @@ def _zero_count() -> jax.Array:
 
 def _nested(plan: _tree.Plan, flat: EigenbasisState) -> EigenbasisState:
     """The state as users see it, from one with lists that follow the plan."""
-    return flat._replace(
-        factors=_tree.nest(plan.leaves, flat.factors),
-        eigenbases=_tree.nest(plan.leaves, flat.eigenbases),
-        eigenvalues=_tree.nest(plan.leaves, flat.eigenvalues),
-    )
+    nested = {
+        name: _tree.nest(plan.leaves, getattr(flat, name)) for name in _PER_FACTOR
+    }
+    return flat._replace(**nested)
 
 
-def _flat(plan: _tree.Plan, state: EigenbasisState) -> EigenbasisState:
-    """Inverse of `_nested`, checked against the layouts."""
-    factors = _tree.find(plan.leaves, state.factors)
-    for leaf, of_leaf in zip(plan.leaves, factors, strict=True):
-        shapes = tuple(None if f is None else f.shape for f in of_leaf)
-        if shapes != leaf.layout.factor_shapes():
-            raise ValueError(
-                f"{leaf.name} must have the shape and the options for which init made "
-                f"the state: an update of shape {leaf.layout.shape} needs factors of "
-                f"shapes {leaf.layout.factor_shapes()}, got {shapes}"
-            )
-    return state._replace(
-        factors=factors,
-        eigenbases=_tree.find(plan.leaves, state.eigenbases),
-        eigenvalues=_tree.find(plan.leaves, state.eigenvalues),
-    )
+def _flat(
+    plan: _tree.Plan, options: _Options, state: EigenbasisState
+) -> EigenbasisState:
+    """Inverse of `_nested`, checked against the updates."""
+    flat = {name: _tree.find(plan.leaves, getattr(state, name)) for name in _PER_FACTOR}
+    for i, leaf in enumerate(plan.leaves):
+        factors = leaf.layout.factor_shapes()
+        for name, beside in _PER_FACTOR.items():
+            wanted = tuple(None if s is None else s[: len(s) - beside] for s in factors)
+            shapes = tuple(None if x is None else x.shape for x in flat[name][i])
+            if shapes != wanted:
+                raise ValueError(
+                    f"{leaf.name} must have the shape and the options for which init "
+                    f"made the state: an update of shape {leaf.layout.shape} needs "
+                    f"{name} of shapes {wanted}, got {shapes}"
+                )
+    _tree.check_no_others(plan.leaves, state.factors)
+    _tree.check_first_moments(state.inner_state, plan.leaves, options.first_moments)
+    return state._replace(**flat)
 
 
 def _check_options(options: _Options) -> None:
@@ -441,6 +475,8 @@ def _check_options(options: _Options) -> None:
     _arguments.require_number("shampoo_beta", options.shampoo_beta, 0, 1)
     if options.rcond is not None:
         _arguments.require_number("rcond", options.rcond, 0, 1)
+    if options.clip_update_rms is not None:
+        _arguments.require_positive("clip_update_rms", options.clip_update_rms)
     if not callable(frequency):
         _arguments.require_traceable_int("precondition_frequency", frequency, 1)
     _arguments.require_choice("basis", options.basis, ("previous", "current"))

@@ -8,6 +8,7 @@ M_i, eigenbasis Q_i and eigenvalue estimates e_i:
     project_back   G = G' x_1 Q_1 ... x_k Q_k           (for a matrix: Q_L G' Q_R^T)
     follow         e_i <- (1 - w) e_i + w diag(G'_(i) G'_(i)^T)
     damp           G' with the numerically null directions of each M_i taken out
+    clip_rms       blocks of G' scaled down to a root mean square
     refresh        Q_i <- orthonormal columns nearer to the eigenvectors of M_i
     change_basis   G' x_1 (Q_1^T Q_1^new)^T ...         (into the refreshed eigenbases)
 
@@ -18,11 +19,13 @@ Stabilizing Shampoo using Adam", https://arxiv.org/abs/2409.11321, Algorithms 3 
 """
 
 import functools
+import math
 from collections.abc import Sequence
 from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from soap_optax._layout import Layout, explicit_sharding
 
@@ -94,13 +97,19 @@ def project_back(
 def change_basis(
     array: jax.Array, old: PerAxis, new: PerAxis, layout: Layout, precision: Any
 ) -> jax.Array:
-    """Coordinates in the eigenbases `new` of what has coordinates `array` in `old`."""
+    """Coordinates in the eigenbases `new` of what has coordinates `array` in `old`.
+
+    Along an eigenbasis that stayed, they stay, to the bit.
+    """
 
     def rotation(q: jax.Array | None, q_new: jax.Array | None) -> jax.Array | None:
         if q is None or q_new is None:
             return None
         q, q_new = (_at_least_float32(x) for x in (q, q_new))
-        return jnp.einsum("...ki,...kj->...ij", q, q_new, precision=precision)
+        turn = jnp.einsum("...ki,...kj->...ij", q, q_new, precision=precision)
+        stayed = jnp.all(q == q_new, axis=(-2, -1), keepdims=True)
+        identity = jnp.broadcast_to(jnp.eye(q.shape[-1], dtype=turn.dtype), turn.shape)
+        return jnp.where(stayed, identity, turn)
 
     rotations = [rotation(*pair) for pair in zip(old, new, strict=True)]
     return project(array, rotations, layout, precision)
@@ -162,21 +171,35 @@ def damp(
     return array
 
 
+def clip_rms(
+    array: jax.Array, layout: Layout, limit: jax.typing.ArrayLike
+) -> jax.Array:
+    """Scales the blocks whose root mean square exceeds `limit` down to it."""
+    blocks = layout.to_blocks(array)
+    within = [d for d in range(blocks.ndim) if d not in layout.grid]
+    limit = jnp.asarray(limit, blocks.dtype)
+    # More than one entry alone may be, so that no square overflows.
+    entry = limit * math.prod(blocks.shape[d] for d in within) ** 0.5
+    blocks = jnp.clip(blocks, -entry, entry)
+    rms = jnp.sqrt(jnp.mean(jnp.square(blocks), within, keepdims=True))
+    return layout.from_blocks(blocks * (limit / jnp.maximum(rms, limit)), array)
+
+
 def refresh(
     factor: jax.Array,
     eigenbasis: jax.Array,
     eigenvalues: jax.Array,
     method: Literal["qr", "eigh"],
     precision: Any,
-) -> tuple[jax.Array, jax.Array]:
+) -> tuple[jax.Array, jax.Array, jax.Array]:
     """A better eigenbasis of `factor`, its columns in the order of the old one's.
 
     With P = M Q, the Rayleigh quotients diag(Q^T P) rank the columns. The ranked new
     columns, from one power step (`"qr"`: P = Q R) or from a decomposition (`"eigh"`),
     go back to where the old column of the same rank stood: a coordinate keeps its
     identity, so statistics that are kept per coordinate stay valid. Numerically null
-    directions, where new columns would be round-off, keep the old ones; so do all if
-    the decomposition fails.
+    directions, where new columns would be round-off, keep the old ones. If the
+    decomposition fails, all stays as it was.
 
     Args:
       factor: symmetric positive semi-definite, `[..., b, b]`.
@@ -186,13 +209,33 @@ def refresh(
       precision: of the product M Q.
 
     Returns:
-      The new `eigenbasis` and `eigenvalues`, in the shapes and dtypes of the old.
+      The new `eigenbasis` and `eigenvalues`, in the shapes and dtypes of the old, and
+      whether the decomposition failed, `[...]`.
     """
     run = functools.partial(_refresh, method=method, precision=precision)
-    shardings = [explicit_sharding(x, range(x.ndim)) for x in (eigenbasis, eigenvalues)]
+    grid = range(factor.ndim - 2)
+    shardings = (
+        explicit_sharding(eigenbasis, range(factor.ndim)),
+        explicit_sharding(eigenvalues, range(factor.ndim - 1)),
+        explicit_sharding(eigenvalues, grid),
+    )
     if shardings[0] is not None:  # for decompositions JAX has no rules of sharding
-        run = jax.sharding.auto_axes(run, out_sharding=tuple(shardings))
+        run = jax.sharding.auto_axes(run, out_sharding=shardings)
     return run(factor, eigenbasis, eigenvalues)
+
+
+def is_orthonormal(matrix: jax.Array) -> jax.Array:
+    """Whether the columns of each `[..., b, b]` are, up to round-off, `[...]`.
+
+    Tried on one vector v of random signs: Q^T Q v = v.
+    """
+    signs = np.random.default_rng(0).choice([-1.0, 1.0], matrix.shape[-1])
+    vector = jnp.broadcast_to(jnp.asarray(signs, matrix.dtype), matrix.shape)
+    # Sums, because products of matrices may have less precision.
+    product = jnp.sum(matrix * vector, axis=-1, keepdims=True)
+    residual = jnp.sum(matrix * product, axis=-2) - vector[..., 0, :]
+    tolerance = 1e4 * float(jnp.finfo(matrix.dtype).eps)
+    return jnp.all(jnp.abs(residual) <= tolerance, axis=-1)
 
 
 def _refresh(
@@ -202,7 +245,7 @@ def _refresh(
     *,
     method: str,
     precision: Any,
-) -> tuple[jax.Array, jax.Array]:
+) -> tuple[jax.Array, jax.Array, jax.Array]:
     matrix, basis = _at_least_float32(factor), _at_least_float32(eigenbasis)
     products = jnp.matmul(matrix, basis, precision=precision)
     quotients = jnp.sum(basis * products, axis=-2)
@@ -226,10 +269,11 @@ def _refresh(
     place = jnp.argsort(rank, axis=-1)
     new = _take_columns(orthonormal, place).astype(eigenbasis.dtype)
     scales = jnp.take_along_axis(scales, place, axis=-1).astype(eigenvalues.dtype)
-    sound = jnp.isfinite(new).all(axis=(-2, -1))
+    sound = is_orthonormal(orthonormal)
     return (
         jnp.where(sound[..., None, None], new, eigenbasis),
         jnp.where(sound[..., None], scales, eigenvalues),
+        ~sound,
     )
 
 

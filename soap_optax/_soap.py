@@ -33,6 +33,7 @@ def soap(
     precond_dtype: jax.typing.DTypeLike | None = None,
     precision: Any = jax.lax.Precision.HIGHEST,
     rcond: float | None = None,
+    clip_update_rms: jax.typing.ArrayLike | None = 10.0,
 ) -> optax.GradientTransformationExtraArgs:
     r"""SOAP: Adam in the slowly turning eigenbasis of Shampoo's preconditioner.
 
@@ -102,6 +103,10 @@ def soap(
         round-off: its update is scaled by r^2 / (r^2 + rcond^2), r = e / e_max. None:
         0.01 of the unit round-off, which leaves all but null directions as they are;
         0: off, as published.
+      clip_update_rms: bound of the root mean square of a block's update before the
+        learning rate, above 0; None: no bound, as published. In a basis that stays, one
+        is Adam's own bound (if b1 = b2). The default only stops a moment that turns,
+        after a spike or in the first steps, to where the second moment is still small.
 
     Returns:
       An `optax.GradientTransformationExtraArgs`. Updates have the gradients' dtype.
@@ -150,6 +155,7 @@ def soap(
             precond_dtype=precond_dtype,
             precision=precision,
             rcond=rcond,
+            clip_update_rms=clip_update_rms,
         ),
         optax.add_decayed_weights(weight_decay, mask),
         optax.scale_by_learning_rate(learning_rate),
@@ -176,6 +182,7 @@ def scale_by_soap(
     precond_dtype: jax.typing.DTypeLike | None = None,
     precision: Any = jax.lax.Precision.HIGHEST,
     rcond: float | None = None,
+    clip_update_rms: jax.typing.ArrayLike | None = 10.0,
 ) -> optax.GradientTransformationExtraArgs:
     """Rescales updates by SOAP: `in_eigenbasis` of `optax.scale_by_adam`.
 
@@ -213,4 +220,5 @@ def scale_by_soap(
         precond_dtype=precond_dtype,
         precision=precision,
         rcond=rcond,
+        clip_update_rms=clip_update_rms,
     )

@@ -86,6 +86,23 @@ def make_plan(
     return Plan(treedef, leaves, arrays)
 
 
+def flatten_params(plan: Plan, params: Any) -> list[jax.Array]:
+    """The leaves of `params`, checked against the updates that made the plan."""
+    try:
+        flat = [jnp.asarray(p) for p in plan.treedef.flatten_up_to(params)]
+    except ValueError as error:
+        raise ValueError(
+            f"params must have the structure of the updates; {error}"
+        ) from error
+    for leaf, param in zip(plan.leaves, flat, strict=True):
+        if param.shape != leaf.layout.shape:
+            raise ValueError(
+                f"{leaf.name} must have the shape of its parameter, {param.shape}, in "
+                f"the updates, got {leaf.layout.shape}"
+            )
+    return flat
+
+
 def _dict_keys(paths: Sequence[tuple[Any, ...]]) -> list[tuple[str, ...]]:
     """The names on each path, without the `value` of a box around a parameter.
 
@@ -123,36 +140,70 @@ def find(leaves: Sequence[Leaf], nested: Any) -> list[list[Any]]:
     return [one(leaf) for leaf in leaves]
 
 
+def check_no_others(leaves: Sequence[Leaf], nested: Any) -> None:
+    """Raises a `ValueError` naming an entry of `nested` that belongs to no leaf."""
+    entries = jax.tree_util.tree_flatten_with_path(
+        nested, is_leaf=lambda node: isinstance(node, (tuple, list))
+    )[0]
+    known = {leaf.keys for leaf in leaves}
+    for path, _ in entries:
+        if tuple(jax.tree_util.keystr((k,), simple=True) for k in path) not in known:
+            raise ValueError(
+                "updates must have every parameter for which init made the state, got "
+                f"none for {jax.tree_util.keystr(path) or 'the parameter'}"
+            )
+
+
 def split_first_moments(
     inner_state: optax.OptState, leaves: Sequence[Leaf], names: Sequence[str]
 ) -> tuple[list[int], list[Any], Callable[[Sequence[Any]], optax.OptState]]:
     """Takes the first moments out of a state.
 
-    An array of the state belongs to a parameter if its path ends in the parameter's
-    and it has its shape; it is a first moment if the field before is in `names`.
+    An array of the state belongs to a parameter if its path ends in the parameter's,
+    and is a first moment if the field before is in `names`.
 
     Returns:
       For each first moment the index of its leaf, the moments, and a function that
       makes the state with other moments.
     """
-    index = {leaf.path: i for i, leaf in enumerate(leaves)}
     treedef: Any
-    entries, treedef = jax.tree_util.tree_flatten_with_path(inner_state)
-    values = [value for _, value in entries]
-    found: dict[int, int] = {}
-    for position, (path, value) in enumerate(entries):
-        ends = (k for k in range(1, len(path) + 1) if path[k:] in index)
-        start = next(ends, None)
-        if start is not None and getattr(path[start - 1], "name", None) in names:
-            i = index[path[start:]]
-            if value.shape == leaves[i].layout.shape:
-                found[position] = i
+    values, treedef = jax.tree.flatten(inner_state)
+    found = _first_moments(inner_state, leaves, names)
 
     def merge(moments: Sequence[Any]) -> optax.OptState:
         changed = dict(zip(found, moments, strict=True))
         return treedef.unflatten(changed.get(i, v) for i, v in enumerate(values))
 
     return list(found.values()), [values[position] for position in found], merge
+
+
+def check_first_moments(
+    inner_state: optax.OptState, leaves: Sequence[Leaf], names: Sequence[str]
+) -> None:
+    """Raises a `ValueError` naming a parameter whose first moment has another shape."""
+    values = jax.tree.leaves(inner_state)
+    for position, i in _first_moments(inner_state, leaves, names).items():
+        if values[position].shape != leaves[i].layout.shape:
+            raise ValueError(
+                f"{leaves[i].name} must have the shape of its first moment in the "
+                f"state, {values[position].shape}, got {leaves[i].layout.shape}"
+            )
+
+
+def _first_moments(
+    inner_state: optax.OptState, leaves: Sequence[Leaf], names: Sequence[str]
+) -> dict[int, int]:
+    """From the position of each first moment in a state to the index of its leaf."""
+    index = {leaf.path: i for i, leaf in enumerate(leaves)}
+    found: dict[int, int] = {}
+    for position, (path, _) in enumerate(
+        jax.tree_util.tree_flatten_with_path(inner_state)[0]
+    ):
+        ends = (k for k in range(1, len(path) + 1) if path[k:] in index)
+        start = next(ends, None)
+        if start is not None and getattr(path[start - 1], "name", None) in names:
+            found[position] = index[path[start:]]
+    return found
 
 
 def _resolve_dimension_numbers(numbers: Any, tree: Any, count: int) -> list[Any]:

@@ -48,6 +48,9 @@ from soap_optax import DimensionNumbers
         ("precond_dtype", jnp.complex64),
         ("rcond", -1.0),
         ("rcond", 2.0),
+        ("clip_update_rms", 0.0),
+        ("clip_update_rms", -1),
+        ("clip_update_rms", float("inf")),
         ("precision", "exact"),
         ("dimension_numbers", "rows"),
         ("dimension_numbers", 3),
@@ -141,13 +144,64 @@ def test_updates_unlike_the_parameters(updates, name):
         tx.update(updates, state)
 
 
-def test_state_of_another_configuration():
+@pytest.mark.parametrize("jit", [False, True])
+def test_updates_with_another_shape_and_no_factor(jit):
+    """Where Adam would broadcast, or fail without a name."""
+    tx = soap_optax.scale_by_soap()
+    state = tx.init({"w": jnp.ones((3, 2)), "b": jnp.ones(1)})
+    update = jax.jit(tx.update) if jit else tx.update
+    message = (
+        r"^\['b'\] must have the shape of its first moment in the state, \(1,\), got"
+    )
+    with pytest.raises(ValueError, match=message):
+        update({"w": jnp.ones((3, 2)), "b": jnp.ones(2)}, state)
+
+
+@pytest.mark.parametrize("missing", ["w", "b"])
+def test_updates_without_a_parameter(missing):
+    tx = soap_optax.scale_by_soap()
+    updates = {"w": jnp.ones((3, 2)), "b": jnp.ones(2)}
+    state = tx.init(updates)
+    del updates[missing]
+    message = rf"^updates must have every parameter .* got none for \['{missing}'\]"
+    with pytest.raises(ValueError, match=message):
+        tx.update(updates, state)
+
+
+def test_params_unlike_the_updates():
+    tx = soap_optax.scale_by_soap()
+    updates = {"w": jnp.ones((3, 2)), "b": jnp.ones(2)}
+    state = tx.init(updates)
+    message = r"^\['w'\] must have the shape of its parameter, \(3, 3\), in the updates"
+    with pytest.raises(ValueError, match=message):
+        tx.update(updates, state, {"w": jnp.ones((3, 3)), "b": jnp.ones(2)})
+    message = "^params must have the structure of the updates; .*'b'"
+    with pytest.raises(ValueError, match=message):
+        tx.update(updates, state, {"w": jnp.ones((3, 2))})
+
+
+@pytest.mark.parametrize(
+    ("options", "wanted"),
+    [
+        ({"block_size": 4}, r"\(2, 2, 4, 4\)"),
+        ({"one_sided": True}, "None"),
+        ({"max_precond_dim": 4}, "None"),
+        ({"dimension_numbers": DimensionNumbers((1,))}, r"\(8, 8, 8\)"),
+    ],
+)
+def test_state_of_another_configuration(options, wanted):
     params = {"w": jnp.ones((8, 8))}
     state = soap_optax.scale_by_soap().init(params)
-    with pytest.raises(
-        ValueError, match=r"^\['w'\] must have .* options .*\(2, 2, 4, 4\)"
-    ):
-        soap_optax.scale_by_soap(block_size=4).update(params, state)
+    with pytest.raises(ValueError, match=rf"^\['w'\] must have .* options .*{wanted}"):
+        soap_optax.scale_by_soap(**options).update(params, state)
+
+
+def test_state_with_another_eigenbasis():
+    tx, params = soap_optax.scale_by_soap(), {"w": jnp.ones((8, 8))}
+    state = tx.init(params)
+    state = state._replace(eigenbases={"w": (jnp.eye(8), jnp.eye(4))})
+    with pytest.raises(ValueError, match=r"^\['w'\] must have .* needs eigenbases of"):
+        tx.update(params, state)
 
 
 def test_lists_and_python_numbers_are_parameters():

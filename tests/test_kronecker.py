@@ -99,11 +99,49 @@ def test_damp_takes_out_null_directions_only():
     np.testing.assert_array_equal(_kronecker.damp(update, zeros, plan, None), 1)
 
 
+@pytest.mark.parametrize("block_size", [None, 2])
+def test_clip_rms(block_size):
+    plan = layout(4, 2, block_size=block_size)
+    update = 10 * jnp.ones((4, 2)).at[:2].set(0.1)
+    clipped = _kronecker.clip_rms(update, plan, 5.0)
+    if block_size is None:
+        np.testing.assert_allclose(clipped, update * 5 / np.sqrt(np.mean(update**2)))
+    else:
+        np.testing.assert_array_equal(clipped, jnp.minimum(update, 5.0))
+    np.testing.assert_array_equal(_kronecker.clip_rms(update, plan, 10.0), update)
+    huge = _kronecker.clip_rms(1e300 * update, plan, 5.0)
+    np.testing.assert_allclose(np.sqrt(np.mean(huge[2:] ** 2)), 5, rtol=0.5)
+
+
+def test_what_is_orthonormal():
+    basis = orthogonal(40)
+    broken = [
+        basis.at[:, 3].multiply(1.001),
+        basis.at[:, 3].set(basis[:, 4]),
+        basis.at[:, 3].set(0),
+        basis.at[:, 3].add(1e-3 * basis[:, 4]),
+        basis.at[0, 0].set(jnp.nan),
+        basis.at[0, 0].set(jnp.inf),
+        jnp.full_like(basis, jnp.nan),
+    ]
+    sound = _kronecker.is_orthonormal(jnp.stack([basis, -basis, *broken]))
+    assert sound.tolist() == [True, True] + [False] * len(broken)
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float64])
+def test_change_basis_leaves_what_stays(dtype):
+    """Bit for bit, also if the columns are orthonormal to three digits only."""
+    plan, array = layout(4, 3), normal(4, 3)
+    old = [orthogonal(4, 1).astype(dtype), orthogonal(3, 2).astype(dtype)]
+    changed = _kronecker.change_basis(array, old, list(old), plan, "highest")
+    np.testing.assert_array_equal(changed, array)
+
+
 def refresh(factor, basis, method, precision):
     zeros = jnp.zeros(
         factor.shape[:-1], factor.dtype if factor.dtype == jnp.float64 else jnp.float32
     )
-    return _kronecker.refresh(factor, basis, zeros, method, precision)
+    return _kronecker.refresh(factor, basis, zeros, method, precision)[:2]
 
 
 def spectrum_and_basis(size):
@@ -162,7 +200,8 @@ def test_a_refresh_that_fails_changes_nothing(method):
     basis, eigenvalues = jnp.eye(4)[None], jnp.arange(4.0)[None]
     factors = jnp.stack([jnp.full((4, 4), jnp.inf), jnp.diag(jnp.arange(1.0, 5))])
     bases, values = (jnp.concatenate([x, x]) for x in (basis, eigenvalues))
-    new, after = _kronecker.refresh(factors, bases, values, method, None)
+    new, after, failed = _kronecker.refresh(factors, bases, values, method, None)
+    assert failed.tolist() == [True, False]
     np.testing.assert_array_equal(new[0], basis[0])
     np.testing.assert_array_equal(after[0], eigenvalues[0])
     np.testing.assert_allclose(after[1], np.arange(1.0, 5))

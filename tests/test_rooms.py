@@ -15,11 +15,12 @@ ROOMS = {
     "_tree": {"_arguments", "_layout"},
     "_eigenbasis": {"_arguments", "_kronecker", "_layout", "_tree"},
     "_soap": {"_arguments", "_eigenbasis"},
-    "__init__": {"_eigenbasis", "_layout", "_soap"},
+    "_diagnostics": {"_arguments", "_eigenbasis", "_kronecker"},
+    "__init__": {"_diagnostics", "_eigenbasis", "_layout", "_soap"},
 }
 OUTSIDE = {
     "_layout": {"collections", "dataclasses", "jax", "math", "operator", "typing"},
-    "_kronecker": {"collections", "functools", "jax", "typing"},
+    "_kronecker": {"collections", "functools", "jax", "math", "numpy", "typing"},
 }
 
 
@@ -57,8 +58,10 @@ def test_nothing_private_of_jax_or_optax(folder):
 def test_public_names():
     public = {name for name in vars(soap_optax) if not name.startswith("_")}
     assert public == {
+        "Diagnostics",
         "DimensionNumbers",
         "EigenbasisState",
+        "diagnostics",
         "in_eigenbasis",
         "scale_by_soap",
         "soap",

@@ -1,0 +1,136 @@
+"""What the factors and eigenbases of a state say about themselves."""
+
+import functools
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from soap_optax import _arguments, _kronecker
+from soap_optax._eigenbasis import EigenbasisState
+
+
+class Diagnostics(NamedTuple):
+    """Figures of one factor M and its eigenbasis Q, each an array `[grid…]`, float32.
+
+    Attributes:
+      condition: largest over smallest Rayleigh quotient of the columns of Q; infinite
+        where M is singular.
+      off_diagonal: norm of the off-diagonal part of Q^T M Q over the norm of M: 0 if Q
+        diagonalizes M.
+      rotation: how far the eigenvectors have turned since the last refresh, as the
+        root mean square of the angles, in radians, by which one now would turn Q.
+      skipped: share of the refreshes that were due and left Q as it was.
+    """
+
+    condition: jax.Array
+    off_diagonal: jax.Array
+    rotation: jax.Array
+    skipped: jax.Array
+
+
+def diagnostics(
+    state: Any, *, precision: Any = jax.lax.Precision.HIGHEST
+) -> dict[str, Any]:
+    """Says how well conditioned factors and how good eigenbases are.
+
+    To be called now and then, inside `jax.jit` or not: it costs about a refresh.
+
+    Args:
+      state: an `EigenbasisState` or any optax state that holds one, or several of
+        different parameters.
+      precision: of the matrix products.
+
+    Returns:
+      Nested dicts like `EigenbasisState.factors`: in the place of a parameter a tuple
+      with `Diagnostics` per axis, or None where an axis has no factor.
+
+    Raises:
+      ValueError: if the state holds no `EigenbasisState`, or two of one parameter.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, soap_optax
+      >>> tx = soap_optax.soap(3e-3)
+      >>> params = {"w": jnp.ones((4, 3)), "b": jnp.ones(3)}
+      >>> _, state = tx.update(params, tx.init(params), params)
+      >>> rows, columns = jax.jit(soap_optax.diagnostics)(state)["w"]
+      >>> columns.off_diagonal.shape, bool(columns.off_diagonal < 1e-5)
+      ((), True)
+    """
+    merged: dict[str, Any] = {}
+    for one in _eigenbasis_states(state):
+        diagnose = functools.partial(
+            _diagnose, refreshes=_array(one.refreshes), precision=precision
+        )
+        figures = jax.tree.map(
+            diagnose,
+            *(one.factors, one.eigenbases, one.eigenvalues, one.skipped),
+            is_leaf=lambda node: not isinstance(node, (dict, tuple, list, type(None))),
+        )
+        merged = _merge(merged, figures)
+    return merged
+
+
+def _array(node: Any) -> Any:
+    """An array out of the variable in which NNX keeps it."""
+    return jax.tree.leaves(node)[0]
+
+
+def _eigenbasis_states(state: Any) -> Iterator[EigenbasisState]:
+    is_one = lambda node: isinstance(node, EigenbasisState)  # noqa: E731
+    found = [n for n in jax.tree.leaves(state, is_leaf=is_one) if is_one(n)]
+    rule = "an optax state that holds an EigenbasisState"
+    _arguments.require("state", type(state).__name__, rule, bool(found))
+    yield from found
+
+
+def _diagnose(*of_factor: Any, refreshes: jax.Array, precision: Any) -> Diagnostics:
+    """The figures of one factor, from it and what belongs to it in the state."""
+    factor, eigenbasis, eigenvalues, skipped = (_array(x) for x in of_factor)
+    dtype = jnp.promote_types(factor.dtype, jnp.float32)
+    matrix, basis = factor.astype(dtype), eigenbasis.astype(dtype)
+    largest = jnp.max(jnp.diagonal(matrix, axis1=-2, axis2=-1), axis=-1)
+    matrix = matrix / jnp.where(largest > 0, largest, 1)[..., None, None]
+    rotated = jnp.einsum(
+        "...ki,...kl,...lj->...ij", basis, matrix, basis, precision=precision
+    )
+    quotients = jnp.diagonal(rotated, axis1=-2, axis2=-1)
+    on_diagonal = jnp.broadcast_to(
+        jnp.eye(rotated.shape[-1], dtype=bool), rotated.shape
+    )
+    low, high = quotients.min(axis=-1), quotients.max(axis=-1)
+    norm = _norm(matrix)
+    refreshed, _, _ = _kronecker.refresh(matrix, basis, eigenvalues, "qr", precision)
+    figures = Diagnostics(
+        condition=jnp.where(low > 0, high, jnp.inf) / jnp.where(low > 0, low, 1),
+        off_diagonal=_norm(jnp.where(on_diagonal, 0, rotated))
+        / jnp.where(norm > 0, norm, 1),
+        rotation=jnp.sqrt(jnp.mean(_angles(basis, refreshed) ** 2, axis=-1)),
+        skipped=skipped / jnp.maximum(refreshes, 1),
+    )
+    return Diagnostics(*(figure.astype(jnp.float32) for figure in figures))
+
+
+def _norm(matrix: jax.Array) -> jax.Array:
+    return jnp.sqrt(jnp.sum(jnp.square(matrix), axis=(-2, -1)))
+
+
+def _angles(basis: jax.Array, other: jax.Array) -> jax.Array:
+    """The angles between the lines along the columns of two bases, in radians."""
+    signs = jnp.sign(jnp.sum(basis * other, axis=-2, keepdims=True))
+    chords = jnp.sqrt(jnp.sum(jnp.square(basis - signs * other), axis=-2))
+    return 2 * jnp.arcsin(jnp.minimum(chords / 2, 1))
+
+
+def _merge(some: Any, others: Any, path: str = "") -> Any:
+    """Nested dicts with the entries of both."""
+    if not some:
+        return others
+    if not (isinstance(some, dict) and isinstance(others, dict)):
+        name = path or "the parameter"
+        raise ValueError(f"state must hold one EigenbasisState of {name}, got two")
+    merged = dict(some)
+    for key, value in others.items():
+        merged[key] = _merge(some.get(key), value, f"{path}[{key!r}]")
+    return merged

@@ -1,0 +1,123 @@
+"""What a state says about its eigenbases, against NumPy."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import nnx
+
+import soap_optax
+from soap_optax import Diagnostics
+
+
+def normal(*shape, seed=0):
+    return jnp.asarray(np.random.default_rng(seed).normal(size=shape))
+
+
+def trained(tx, params, steps=9):
+    state = tx.init(params)
+    update = jax.jit(tx.update)
+    for i in range(steps):
+        grads = jax.tree.map(lambda p, i=i: normal(*p.shape, seed=i), params)
+        _, state = update(grads, state, params)
+    return state
+
+
+def test_against_numpy():
+    state = trained(
+        soap_optax.scale_by_soap(precondition_frequency=4), jnp.ones((5, 4))
+    )
+    figures = jax.jit(soap_optax.diagnostics)(state)
+    for i in range(2):
+        factor, basis = np.asarray(state.factors[i]), np.asarray(state.eigenbases[i])
+        rotated = basis.T @ factor @ basis
+        quotients = np.diag(rotated)
+        off = np.linalg.norm(rotated - np.diag(quotients)) / np.linalg.norm(factor)
+        refreshed = np.linalg.qr(factor @ basis[:, rank := np.argsort(-quotients)])[0]
+        cosines = np.abs(np.sum(basis[:, rank] * refreshed, axis=0))
+        rotation = np.sqrt(np.mean(np.arccos(cosines) ** 2))
+        expected = Diagnostics(quotients.max() / quotients.min(), off, rotation, 0)
+        np.testing.assert_allclose(figures[i], expected, rtol=1e-5)
+        assert off > 0.01 and rotation > 0.01
+
+
+def test_an_exact_eigenbasis():
+    tx = soap_optax.scale_by_soap(refresh="eigh", precondition_frequency=1)
+    for figures in soap_optax.diagnostics(trained(tx, jnp.ones((4, 4)))):
+        assert figures.off_diagonal < 1e-7 and figures.rotation < 1e-6
+        assert 1 < figures.condition < np.inf
+
+
+def test_structure_and_blocks():
+    params = {"a": {"w": jnp.ones((4, 6)), "b": jnp.ones(3)}, "c": [jnp.ones((1, 2))]}
+    state = trained(soap_optax.soap(1e-3, block_size=2), params)
+    figures = soap_optax.diagnostics(state)
+    shapes = jax.tree.map(jnp.shape, figures)
+    assert shapes["a"]["w"] == (Diagnostics(*[(2, 3)] * 4),) * 2
+    assert figures["a"]["b"] == (None,)
+    assert figures["c"]["0"][0] is None
+    dtypes = {leaf.dtype for leaf in jax.tree.leaves(figures)}
+    assert dtypes == {jnp.dtype("float32")}
+
+
+def test_before_the_first_step_and_of_zero_gradients():
+    state = soap_optax.scale_by_soap().init(jnp.ones((3, 2)))
+    for figures in soap_optax.diagnostics(state):
+        assert figures == (np.inf, 0, 0, 0)
+
+
+@pytest.mark.parametrize("scale", [1e-15, 1e15])
+def test_no_overflow(scale):
+    tx = soap_optax.scale_by_soap(precondition_frequency=4)
+    state, scaled = tx.init(jnp.ones((3, 3), "f4")), tx.init(jnp.ones((3, 3), "f4"))
+    for i in range(6):
+        grad = normal(3, 3, seed=i).astype(jnp.float32)
+        _, state = tx.update(grad, state)
+        _, scaled = tx.update(scale * grad, scaled)
+    expected = soap_optax.diagnostics(state)
+    for figures, of_unit in zip(soap_optax.diagnostics(scaled), expected, strict=True):
+        np.testing.assert_allclose(figures, of_unit, rtol=1e-3)
+
+
+def test_skipped_refreshes():
+    tx = soap_optax.scale_by_soap(precondition_frequency=2)
+    state = trained(tx, jnp.ones((3, 2)), steps=3)
+    broken = jnp.full_like(state.factors[0], jnp.inf)
+    state = state._replace(factors=(broken, state.factors[1]))
+    before = state
+    for i in range(2):
+        _, state = tx.update(normal(3, 2, seed=i), state)
+    assert state.refreshes == 3
+    rows, columns = soap_optax.diagnostics(state._replace(factors=before.factors))
+    np.testing.assert_allclose([rows.skipped, columns.skipped], [1 / 3, 0])
+    np.testing.assert_array_equal(state.eigenbases[0], before.eigenbases[0])
+    assert not np.array_equal(state.eigenbases[1], before.eigenbases[1])
+
+
+def test_inside_of_other_states():
+    params = {"a": jnp.ones((4, 3)), "c": jnp.ones((6, 6))}
+    some, other = (soap_optax.soap(1e-3, block_size=b) for b in (None, 3))
+    tx = optax.partition({"a": some, "c": other}, {"a": "a", "c": "c"})
+    tx = optax.MultiSteps(optax.chain(optax.clip(1.0), tx), every_k_schedule=1)
+    figures = soap_optax.diagnostics(trained(tx, params))
+    assert [f.condition.shape for f in figures["a"]] == [(), ()]
+    assert [f.condition.shape for f in figures["c"]] == [(2, 2), (2, 2)]
+
+
+def test_inside_of_nnx():
+    model = nnx.Linear(5, 3, rngs=nnx.Rngs(0))
+    optimizer = nnx.Optimizer(model, soap_optax.soap(3e-3), wrt=nnx.Param)
+    figures = soap_optax.diagnostics(optimizer.opt_state)
+    assert isinstance(figures["kernel"][0], Diagnostics)
+
+
+def test_states_without_and_with_two():
+    params = {"a": {"w": jnp.ones((3, 2))}}
+    message = "state must be an optax state that holds an EigenbasisState"
+    with pytest.raises(ValueError, match=message):
+        soap_optax.diagnostics(optax.adam(1e-3).init(params))
+    twice = optax.chain(soap_optax.scale_by_soap(), soap_optax.scale_by_soap())
+    message = r"state must hold one EigenbasisState of \['a'\]\['w'\], got two"
+    with pytest.raises(ValueError, match=message):
+        soap_optax.diagnostics(twice.init(params))
