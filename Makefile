@@ -3,12 +3,14 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: help setup train sweep test test-oldest lint format clean
+.PHONY: help setup train sweep reliability test test-slow test-oldest lint format clean
 
 help:
 	@echo "make train        SOAP beside AdamW on a small language model, with a plot"
 	@echo "make test         lint, types and tests"
+	@echo "make test-slow    every combination of options, 2,000 random cases, long runs"
 	@echo "make sweep        the sweep that tuned both optimizers of make train"
+	@echo "make reliability  the figures of docs/reliability.md"
 	@echo "make test-oldest  the tests on the oldest supported JAX and optax"
 	@echo "make format       format the code"
 	@echo "PYTHON=python3.12 VENV=.venv-3.12 choose another interpreter."
@@ -28,6 +30,9 @@ train: setup
 sweep: setup
 	$(BIN)/python examples/compare_lm.py --sweep --out runs/sweep
 
+reliability: setup
+	$(BIN)/python experiments/reliability.py
+
 lint: setup
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
@@ -35,6 +40,10 @@ lint: setup
 
 test: lint
 	$(BIN)/python -m pytest -n 2
+
+test-slow: setup
+	$(BIN)/python -m pytest -n 2 -m slow
+	$(BIN)/python -m pytest -n 2 --hypothesis-profile slow tests/test_properties.py
 
 test-oldest:
 	$(MAKE) setup VENV=.venv-oldest PINS="jax==0.7.2 jaxlib==0.7.2 optax==0.2.6"

@@ -15,8 +15,9 @@ class Diagnostics(NamedTuple):
     """Figures of one factor M and its eigenbasis Q, each an array `[grid…]`, float32.
 
     Attributes:
-      condition: largest over smallest Rayleigh quotient of the columns of Q; infinite
-        where M is singular.
+      condition: largest over smallest Rayleigh quotient of the columns of Q: the
+        condition number of M or, where Q is old, less; infinite where M is singular up
+        to round-off.
       off_diagonal: norm of the off-diagonal part of Q^T M Q over the norm of M: 0 if Q
         diagonalizes M.
       rotation: how far the eigenvectors have turned since the last refresh, as the
@@ -100,10 +101,13 @@ def _diagnose(*of_factor: Any, refreshes: jax.Array, precision: Any) -> Diagnost
         jnp.eye(rotated.shape[-1], dtype=bool), rotated.shape
     )
     low, high = quotients.min(axis=-1), quotients.max(axis=-1)
+    is_singular = low <= float(jnp.finfo(dtype).eps) * high
     norm = _norm(matrix)
     refreshed, _, _ = _kronecker.refresh(matrix, basis, eigenvalues, "qr", precision)
     figures = Diagnostics(
-        condition=jnp.where(low > 0, high, jnp.inf) / jnp.where(low > 0, low, 1),
+        condition=jnp.where(
+            is_singular, jnp.inf, high / jnp.where(is_singular, 1, low)
+        ),
         off_diagonal=_norm(jnp.where(on_diagonal, 0, rotated))
         / jnp.where(norm > 0, norm, 1),
         rotation=jnp.sqrt(jnp.mean(_angles(basis, refreshed) ** 2, axis=-1)),

@@ -106,7 +106,7 @@ def soap(
       clip_update_rms: bound of the root mean square of a block's update before the
         learning rate, above 0; None: no bound, as published. In a basis that stays, one
         is Adam's own bound (if b1 = b2). The default only stops a moment that turns,
-        after a spike or in the first steps, to where the second moment is still small.
+        after a spike, to where the second moment has not seen it.
 
     Returns:
       An `optax.GradientTransformationExtraArgs`. Updates have the gradients' dtype.

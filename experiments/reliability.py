@@ -1,0 +1,344 @@
+"""Measures what docs/reliability.md promises.
+
+    python experiments/reliability.py                 # all parts, 25 minutes
+    python experiments/reliability.py --parts spikes drift
+
+Each part prints a table and writes it to `<out>/reliability_<part>.csv`.
+"""
+
+import csv
+import dataclasses
+import functools
+import itertools
+import os
+import platform
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+# Before JAX loads LAPACK: its threads get into each other's way on small matrices.
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import tyro
+
+import soap_optax
+
+SHAPE = (16, 12)
+APART = 10**6  # added to steps, for random numbers of their own
+Gradient = Callable[..., jax.Array]  # of a key, the step, and more
+Row = dict[str, Any]
+
+
+# --- gradients that optimizers are afraid of -----------------------------------------
+
+
+def normal(key: jax.Array, step: jax.Array) -> jax.Array:
+    return jax.random.normal(jax.random.fold_in(key, step), SHAPE, jnp.float32)
+
+
+def now_and_then(value: float, every: int) -> Gradient:
+    """Normal gradients times `value` in the middle of every `every` steps."""
+
+    def gradient(key, step):
+        factor = jnp.where(step % every == every // 2, jnp.float32(value), 1)
+        return factor * normal(key, step)
+
+    return gradient
+
+
+def rank_one_spikes(key: jax.Array, step: jax.Array) -> jax.Array:
+    spike = normal(key, step + APART)[:, :1] * normal(key, step + APART)[:1]
+    return normal(key, step) + jnp.where(step % 1000 == 500, 1e6, 0) * spike
+
+
+def turning_rank_one(key: jax.Array, step: jax.Array) -> jax.Array:
+    angle = 1e-3 * step
+    left = normal(key, 0) * jnp.cos(angle) + normal(key, 1) * jnp.sin(angle)
+    return left[:, :1] * left[:1]
+
+
+BAD_GRADIENTS: dict[str, Gradient] = {
+    "normal": normal,
+    "nan": now_and_then(np.nan, 100),
+    "inf": now_and_then(-np.inf, 100),
+    "1e30": now_and_then(1e30, 100),
+    "1e-42": lambda key, step: jnp.float32(1e-42) * normal(key, step),
+    "zero": lambda key, step: jnp.zeros(SHAPE, jnp.float32),
+    "1e10 and 1e-10 in turn": lambda key, step: (
+        jnp.where(step % 2 == 1, jnp.float32(1e10), jnp.float32(1e-10))
+        * normal(key, step)
+    ),
+    "1e6 spikes": now_and_then(1e6, 1000),
+    "1e6 spikes of rank one": rank_one_spikes,
+    "rank one": turning_rank_one,
+    "vanishing": lambda key, step: 10 ** (-0.001 * step) * normal(key, step),
+    "growing": lambda key, step: 10 ** (0.001 * step) * normal(key, step),
+}
+
+
+def rms(array: jax.Array) -> jax.Array:
+    return jnp.sqrt(jnp.mean(jnp.square(array)))
+
+
+def simulation(
+    tx: optax.GradientTransformation, gradient: Gradient, steps: int
+) -> Callable[..., tuple[np.ndarray, Any]]:
+    """From a seed, and more for `gradient`, to the sizes of updates and the state."""
+
+    @jax.jit
+    def run(seed, *more):
+        def step(state, i):
+            grads = gradient(jax.random.key(seed), i, *more)
+            updates, state = tx.update(grads, state)
+            return state, rms(updates)
+
+        state = tx.init(jnp.zeros(SHAPE, jnp.float32))
+        return jax.lax.scan(step, state, jnp.arange(steps))[::-1]
+
+    return lambda *arguments: jax.tree.map(np.asarray, run(*arguments))
+
+
+def orthonormality(state: soap_optax.EigenbasisState) -> float:
+    """The largest entry of |Q^T Q - I|, infinite if one is not finite."""
+    errors = [
+        np.abs(np.swapaxes(q, -2, -1) @ q - np.eye(q.shape[-1])).max()
+        for q in (np.asarray(q, np.float64) for q in jax.tree.leaves(state.eigenbases))
+    ]
+    return float(np.nan_to_num(max(errors), nan=np.inf))
+
+
+def bad_gradients() -> Iterator[Row]:
+    """10,000 steps of each kind, the defaults of `scale_by_soap`."""
+    for name, gradient in BAD_GRADIENTS.items():
+        tx = optax.apply_if_finite(soap_optax.scale_by_soap(), 10)
+        sizes, state = simulation(tx, gradient, 10_000)(0)
+        yield {
+            "gradients": name,
+            "orthonormality": orthonormality(state.inner_state),
+            "largest update": sizes.max(),
+            "last update": sizes[-1],
+            "steps skipped": int(state.total_notfinite),
+        }
+
+
+# --- round-off -----------------------------------------------------------------------
+
+
+def null_shares(
+    size: int, rank: int, scale: float, rcond: float | None, steps: int = 40
+) -> list[float]:
+    """Shares of the updates' norms outside of the span of gradients of low rank."""
+    rng = np.random.default_rng(0)
+    left, right = rng.normal(size=(size, rank)), rng.normal(size=(rank, size))
+    span = np.linalg.qr(left)[0]
+    tx = soap_optax.scale_by_soap(rcond=rcond)
+    state, update = tx.init(jnp.zeros((size, size), jnp.float32)), jax.jit(tx.update)
+    shares = []
+    for i in range(steps):
+        gradient = left @ rng.normal(size=(rank, rank)) @ right
+        gradient *= scale / np.sqrt(np.mean(gradient**2))
+        step, state = update(jnp.asarray(gradient, jnp.float32), state)
+        step = np.asarray(step, np.float64)
+        outside = step - span @ (span.T @ step)
+        if i > 0:  # the first step only builds the basis
+            shares.append(np.linalg.norm(outside) / np.linalg.norm(step))
+    return shares
+
+
+def round_off() -> Iterator[Row]:
+    """The null-space share with the damping and, `rcond=0`, as published."""
+    for size, rank in ((64, 4), (256, 16)):
+        for scale in (1, 1e-3, 1e-5):
+            for rcond in (None, 0):
+                shares = null_shares(size, rank, scale, rcond)
+                yield {
+                    "size": size,
+                    "rank": rank,
+                    "gradient": scale,
+                    "rcond": rcond,
+                    "median share": np.median(shares),
+                    "largest share": max(shares),
+                }
+
+
+def loss(seeds: tuple[int, ...] = (0, 1, 2)) -> Iterator[Row]:
+    """Final validation loss of the tiny language model with and without the damping."""
+    trainer = Path(__file__).parent.parent / "examples" / "train_lm.py"
+    for seed in seeds:
+        row: Row = {"seed": seed}
+        for rcond in (None, 0):
+            metrics = Path(f"runs/reliability/loss_seed{seed}_rcond{rcond}.csv")
+            if not metrics.exists() or read(metrics)[-1]["step"] != "600":
+                options = f"--seed {seed} --rcond {rcond} --metrics {metrics}"
+                command = [sys.executable, str(trainer), *options.split()]
+                subprocess.run(command, check=True)
+            row[f"rcond={rcond}"] = float(read(metrics)[-1]["validation_loss"])
+        yield row
+
+
+# --- spikes --------------------------------------------------------------------------
+
+
+def spiking(
+    key: jax.Array, step: jax.Array, at: int, size: float, rank_one: bool
+) -> jax.Array:
+    """A constant gradient in noise of its size, with one spike."""
+    steady = normal(key, APART) + normal(key, step)
+    direction = normal(key, APART + 1)
+    outer = direction[:, :1] * direction[:1]
+    spike = jnp.where(rank_one, outer, direction)
+    return steady + jnp.where(step == at, size, 0.0) * spike
+
+
+def spikes(at: int = 300, steps: int = 2000, seeds: int = 5) -> Iterator[Row]:
+    """Steps until updates stay within 10% of the size they have without the spike."""
+    adam, soap = optax.scale_by_adam, soap_optax.scale_by_soap
+    clip = optax.clip_by_global_norm(20.0)  # the norm of the steady gradients
+    for name, tx in {
+        "adam, b2=0.95": adam(0.95, 0.95),
+        "adam, b2=0.99": adam(0.95, 0.99),
+        "adam, b2=0.999": adam(0.95, 0.999),
+        "soap": soap(),
+        "soap, b2=0.99": soap(b2=0.99),
+        "soap, f=1": soap(precondition_frequency=1),
+        "soap, clip_update_rms=1": soap(clip_update_rms=1.0),
+        "soap, clip_update_rms=None": soap(clip_update_rms=None),
+        "soap, rcond=0": soap(rcond=0),
+        "clip_by_global_norm, soap": optax.chain(clip, soap()),
+    }.items():
+        run = simulation(tx, spiking, steps)
+        for size, rank_one in itertools.product((1e3, 1e6), (False, True)):
+            recovery, largest = [], []
+            for seed in range(seeds):
+                steady, _ = run(seed, at, 0.0, rank_one)
+                sizes, _ = run(seed, at, size, rank_one)
+                off = np.abs(sizes[at:] / steady[at:] - 1) > 0.1
+                recovery.append(np.flatnonzero(off).max(initial=-1) + 1)
+                largest.append(sizes[at:].max())
+            median = int(np.median(recovery))
+            yield {
+                "optimizer": name,
+                "spike": f"{size:g}, rank one" if rank_one else f"{size:g}",
+                "steps to recover": median if median < steps - at else f"over {median}",
+                "largest update": max(largest),
+            }
+
+
+# --- drift ---------------------------------------------------------------------------
+
+
+def drift(marks: tuple[int, ...] = (1_000, 10_000, 100_000)) -> Iterator[Row]:
+    """Noisy descent on a quadratic that turns by a full circle in 100,000 steps."""
+    for name, options in {
+        "f=1": {"precondition_frequency": 1},
+        "f=10": {},
+        "f=100": {"precondition_frequency": 100},
+        "f=10, eigh": {"refresh": "eigh"},
+        "f=10, bfloat16 factors": {"precond_dtype": jnp.bfloat16},
+    }.items():
+        tx = soap_optax.soap(1e-3, **options)
+        advance = jax.jit(functools.partial(turning_quadratic, tx), static_argnums=2)
+        params = jnp.ones((32, 24), jnp.float32)
+        carry = params, tx.init(params)
+        done = 0
+        for mark in marks:
+            carry = advance(carry, done, mark - done)
+            done = mark
+            state = carry[1][0]
+            figures = jax.tree.leaves(
+                soap_optax.diagnostics(state),
+                is_leaf=lambda x: isinstance(x, soap_optax.Diagnostics),
+            )
+            yield {
+                "optimizer": name,
+                "steps": done,
+                "orthonormality": orthonormality(state),
+                "off-diagonal": np.mean([f.off_diagonal for f in figures]),
+                "rotation": np.mean([f.rotation for f in figures]),
+                "largest parameter": np.abs(carry[0]).max(),
+            }
+
+
+def turning_quadratic(
+    tx: optax.GradientTransformation, carry: Any, first: jax.Array, steps: int
+) -> Any:
+    """`steps` steps from step `first` on; curvatures from 1 to 1e-3 on both sides."""
+    rows, columns = carry[0].shape
+    turn = (
+        jnp.zeros((rows, rows))
+        .at[jnp.arange(0, rows, 2), jnp.arange(1, rows, 2)]
+        .set(1)
+    )
+    turn = turn - turn.T  # in the planes of two neighbours
+
+    def step(carry, i):
+        params, state = carry
+        angle = 2 * jnp.pi * i / 100_000
+        axes = jnp.cos(angle) * jnp.eye(rows) + jnp.sin(angle) * turn
+        left = (axes * jnp.logspace(0, -3, rows)) @ axes.T
+        noise = jax.random.normal(jax.random.key(i), params.shape)
+        grads = left @ params * jnp.logspace(0, -3, columns) + 0.01 * noise
+        updates, state = tx.update(grads, state, params)
+        return (optax.apply_updates(params, updates), state), None
+
+    return jax.lax.scan(step, carry, first + jnp.arange(steps))[0]
+
+
+# --- command -------------------------------------------------------------------------
+
+PARTS: dict[str, Callable[[], Iterator[Row]]] = {
+    "bad_gradients": bad_gradients,
+    "round_off": round_off,
+    "spikes": spikes,
+    "drift": drift,
+    "loss": loss,
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Experiment:
+    """Measures what docs/reliability.md promises."""
+
+    parts: tuple[str, ...] = tuple(PARTS)
+    out: Path = Path("runs/reliability")
+
+
+def show(value: Any) -> str:
+    return f"{value:.5g}" if isinstance(value, (float, np.floating)) else str(value)
+
+
+def read(path: Path) -> list[dict[str, str]]:
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def write(path: Path, rows: list[Row]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, list(rows[0]))
+        writer.writeheader()
+        writer.writerows({k: show(v) for k, v in row.items()} for row in rows)
+
+
+def main(experiment: Experiment) -> None:
+    print(f"{platform.machine()}, {jax.default_backend()}, JAX {jax.__version__}")
+    unknown = set(experiment.parts) - set(PARTS)
+    if unknown:
+        sys.exit(f"error: --parts must be of {', '.join(PARTS)}, got {unknown}")
+    for part in experiment.parts:
+        print(f"\n{part}: {PARTS[part].__doc__}")
+        rows = []
+        for row in PARTS[part]():
+            rows.append(row)
+            print("  ".join(f"{name} {show(value)}" for name, value in row.items()))
+        write(experiment.out / f"reliability_{part}.csv", rows)
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Experiment, description=__doc__))
