@@ -240,9 +240,6 @@ def _init(
     def zero_eigenvalues(shape: tuple[int, ...], dtype: Any) -> jax.Array:
         return jnp.zeros(shape[:-1], jnp.promote_types(dtype, jnp.float32))
 
-    def zero_counts(shape: tuple[int, ...], dtype: Any) -> jax.Array:
-        return jnp.zeros(shape[:-2], jnp.int32)
-
     inner_params = [
         _cast(array, leaf.dtype)
         for leaf, array in zip(plan.leaves, plan.arrays, strict=True)
@@ -253,7 +250,7 @@ def _init(
         factors=per_factor(jnp.zeros),
         eigenbases=per_factor(identity),
         eigenvalues=per_factor(zero_eigenvalues),
-        skipped=per_factor(zero_counts),
+        skipped=per_factor(lambda shape, _: jnp.zeros(shape[:-2], jnp.int32)),
         inner_state=_cast_first_moments(
             plan, options, inner.init(plan.treedef.unflatten(inner_params))
         ),
@@ -270,12 +267,13 @@ def _step(
 ) -> tuple[list[jax.Array], EigenbasisState]:
     """Projects, runs the inner transformation and projects its updates back."""
     layouts = [leaf.layout for leaf in plan.leaves]
-    precision = options.precision
 
     def project(arrays: Sequence[jax.Array]) -> list[jax.Array]:
         entries = zip(arrays, plan.leaves, state.eigenbases, strict=True)
         return [
-            _kronecker.project(array.astype(leaf.dtype), q, leaf.layout, precision)
+            _kronecker.project(
+                array.astype(leaf.dtype), q, leaf.layout, options.precision
+            )
             for array, leaf, q in entries
         ]
 
@@ -294,38 +292,48 @@ def _step(
         None if params is None else plan.treedef.unflatten(project(params)),
         **extra_args,
     )
-
-    def finish(update: jax.Array, e: Any, q: Any, layout: Layout) -> jax.Array:
-        update = _kronecker.damp(update, e, layout, options.rcond)
-        if any(layout.factored) and options.clip_update_rms is not None:
-            update = _kronecker.clip_rms(update, layout, options.clip_update_rms)
-        return _kronecker.project_back(update, q, layout, precision)
-
-    inner_steps = plan.treedef.flatten_up_to(inner_updates)
+    inner_updates = plan.treedef.flatten_up_to(inner_updates)
     steps = [
-        finish(*of_leaf)
-        for of_leaf in zip(
-            inner_steps, eigenvalues, state.eigenbases, layouts, strict=True
+        _bound_and_project_back(options, layout, *of_leaf)
+        for layout, *of_leaf in zip(
+            layouts, inner_updates, eigenvalues, state.eigenbases, strict=True
         )
     ]
     inner_state = _cast_first_moments(plan, options, inner_state)
     return steps, state._replace(eigenvalues=eigenvalues, inner_state=inner_state)
 
 
+def _bound_and_project_back(
+    options: _Options, layout: Layout, update: jax.Array, eigenvalues: Any, bases: Any
+) -> jax.Array:
+    """The step of a parameter, from an inner update."""
+    update = _kronecker.damp(update, eigenvalues, layout, options.rcond)
+    if any(layout.factored) and options.clip_update_rms is not None:
+        update = _kronecker.clip_rms(update, layout, options.clip_update_rms)
+    return _kronecker.project_back(update, bases, layout, options.precision)
+
+
 def _accumulate_and_refresh(
     plan: _tree.Plan, options: _Options, state: EigenbasisState
 ) -> EigenbasisState:
-    """Accumulates the factors and, when due, refreshes the eigenbases.
-
-    A refresh is due when the frequency divides the count, so always at the first step.
-    """
-    layouts = [leaf.layout for leaf in plan.leaves]
+    """Accumulates the factors and, when due, refreshes the eigenbases."""
     weight = _weight(options, state.count)
     factors = [
-        _kronecker.accumulate(f, gradient, layout, weight, options.precision)
-        for f, gradient, layout in zip(state.factors, plan.arrays, layouts, strict=True)
+        _kronecker.accumulate(f, gradient, leaf.layout, weight, options.precision)
+        for f, gradient, leaf in zip(
+            state.factors, plan.arrays, plan.leaves, strict=True
+        )
     ]
+    return _refresh_if_due(plan, options, state._replace(factors=factors))
 
+
+def _refresh_if_due(
+    plan: _tree.Plan, options: _Options, state: EigenbasisState
+) -> EigenbasisState:
+    """Refreshes the eigenbases and changes the first moments to them.
+
+    It is due when the frequency divides the count, so always at the first step.
+    """
     owners, moments, with_moments = _tree.split_first_moments(
         state.inner_state, plan.leaves, options.first_moments
     )
@@ -337,12 +345,12 @@ def _accumulate_and_refresh(
         method: Any, eigenbases: Any, eigenvalues: Any, skipped: Any, moments: Any
     ) -> tuple[Any, ...]:
         new, eigenvalues, failed = _refresh(
-            factors, eigenbases, eigenvalues, method, options
+            state.factors, eigenbases, eigenvalues, method, options
         )
         skipped = jax.tree.map(jnp.add, skipped, failed)
         moments = [
             _kronecker.change_basis(
-                moment, eigenbases[i], new[i], layouts[i], options.precision
+                moment, eigenbases[i], new[i], plan.leaves[i].layout, options.precision
             )
             for i, moment in zip(owners, moments, strict=True)
         ]
@@ -358,10 +366,8 @@ def _accumulate_and_refresh(
         *(branch, branches),
         *(state.eigenbases, state.eigenvalues, state.skipped, moments),
     )
-    return EigenbasisState(
-        count=state.count,
+    return state._replace(
         refreshes=state.refreshes + is_due,
-        factors=factors,
         eigenbases=eigenbases,
         eigenvalues=eigenvalues,
         skipped=skipped,
