@@ -186,7 +186,11 @@ def in_eigenbasis(
         **extra_args: Any,
     ) -> tuple[optax.Updates, EigenbasisState]:
         plan = plan_of(updates)
-        flat = _flat(plan, options, state)
+        flat = _flat(plan, state)
+        _tree.check_first_moments(
+            *(state.inner_state, plan.leaves, options.first_moments),
+            init=lambda: inner.init(updates),
+        )
         if params is not None:
             params = _tree.flatten_params(plan, params)
         step = functools.partial(_step, plan, options, inner, params, extra_args)
@@ -455,9 +459,7 @@ def _nested(plan: _tree.Plan, flat: EigenbasisState) -> EigenbasisState:
     return flat._replace(**nested)
 
 
-def _flat(
-    plan: _tree.Plan, options: _Options, state: EigenbasisState
-) -> EigenbasisState:
+def _flat(plan: _tree.Plan, state: EigenbasisState) -> EigenbasisState:
     """Inverse of `_nested`, checked against the updates."""
     flat = {name: _tree.find(plan.leaves, getattr(state, name)) for name in _PER_FACTOR}
     for i, leaf in enumerate(plan.leaves):
@@ -472,7 +474,6 @@ def _flat(
                     f"{name} of shapes {wanted}, got {shapes}"
                 )
     _tree.check_no_others(plan.leaves, state.factors)
-    _tree.check_first_moments(state.inner_state, plan.leaves, options.first_moments)
     return state._replace(**flat)
 
 

@@ -159,8 +159,8 @@ def split_first_moments(
 ) -> tuple[list[int], list[Any], Callable[[Sequence[Any]], optax.OptState]]:
     """Takes the first moments out of a state.
 
-    An array of the state belongs to a parameter if its path ends in the parameter's,
-    and is a first moment if the field before is in `names`.
+    An array of the state belongs to a parameter if its path ends in the parameter's
+    and it has its shape; it is a first moment if the field before is in `names`.
 
     Returns:
       For each first moment the index of its leaf, the moments, and a function that
@@ -168,7 +168,11 @@ def split_first_moments(
     """
     treedef: Any
     values, treedef = jax.tree.flatten(inner_state)
-    found = _first_moments(inner_state, leaves, names)
+    found = {
+        position: i
+        for position, i in _named_like_parameters(inner_state, leaves, names).items()
+        if values[position].shape == leaves[i].layout.shape
+    }
 
     def merge(moments: Sequence[Any]) -> optax.OptState:
         changed = dict(zip(found, moments, strict=True))
@@ -178,22 +182,36 @@ def split_first_moments(
 
 
 def check_first_moments(
-    inner_state: optax.OptState, leaves: Sequence[Leaf], names: Sequence[str]
+    inner_state: optax.OptState,
+    leaves: Sequence[Leaf],
+    names: Sequence[str],
+    init: Callable[[], optax.OptState],
 ) -> None:
-    """Raises a `ValueError` naming a parameter whose first moment has another shape."""
+    """Raises a `ValueError` naming a parameter whose first moment has another shape.
+
+    Another than its own, and than `init` would make it: some transformations have
+    first moments of another shape.
+    """
     values = jax.tree.leaves(inner_state)
-    for position, i in _first_moments(inner_state, leaves, names).items():
-        if values[position].shape != leaves[i].layout.shape:
+    others = {
+        position: leaves[i]
+        for position, i in _named_like_parameters(inner_state, leaves, names).items()
+        if values[position].shape != leaves[i].layout.shape
+    }
+    expected = jax.tree.leaves(jax.eval_shape(init)) if others else []
+    for position, leaf in others.items():
+        if expected[position].shape != values[position].shape:
             raise ValueError(
-                f"{leaves[i].name} must have the shape of its first moment in the "
-                f"state, {values[position].shape}, got {leaves[i].layout.shape}"
+                f"{leaf.name} must have the shape for which init made the state: an "
+                f"update of shape {leaf.layout.shape} needs a first moment of shape "
+                f"{expected[position].shape}, got {values[position].shape}"
             )
 
 
-def _first_moments(
+def _named_like_parameters(
     inner_state: optax.OptState, leaves: Sequence[Leaf], names: Sequence[str]
 ) -> dict[int, int]:
-    """From the position of each first moment in a state to the index of its leaf."""
+    """From positions in such fields to the leaf at the end of each path."""
     index = {leaf.path: i for i, leaf in enumerate(leaves)}
     found: dict[int, int] = {}
     for position, (path, _) in enumerate(

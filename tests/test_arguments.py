@@ -151,7 +151,7 @@ def test_updates_with_another_shape_and_no_factor(jit):
     state = tx.init({"w": jnp.ones((3, 2)), "b": jnp.ones(1)})
     update = jax.jit(tx.update) if jit else tx.update
     message = (
-        r"^\['b'\] must have the shape of its first moment in the state, \(1,\), got"
+        r"^\['b'\] must have the shape .* first moment of shape \(2,\), got \(1,\)"
     )
     with pytest.raises(ValueError, match=message):
         update({"w": jnp.ones((3, 2)), "b": jnp.ones(2)}, state)

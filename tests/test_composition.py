@@ -171,3 +171,25 @@ def test_apply_if_finite_skips_as_if_never_seen():
     updates, after = tx.update(bad, state, params)
     assert not any(np.any(u) for u in jax.tree.leaves(updates))
     jax.tree.map(np.testing.assert_array_equal, after.inner_state, state.inner_state)
+
+
+@pytest.mark.parametrize("max_precond_dim", [0, 100])
+def test_first_moments_of_another_shape(max_precond_dim):
+    """They are not of the parameter's coordinates, and stay."""
+
+    def init(params):
+        rows = jax.tree.map(lambda p: jnp.zeros(p.shape[0], p.dtype), params)
+        return optax.TraceState(trace=rows)
+
+    def update(updates, state, params=None):
+        rows = jax.tree.map(lambda g, t: g.mean(axis=1) + t, updates, state.trace)
+        return updates, optax.TraceState(trace=rows)
+
+    tx = soap_optax.in_eigenbasis(
+        optax.GradientTransformation(init, update), max_precond_dim=max_precond_dim
+    )
+    params = {"w": jnp.ones((4, 3))}
+    state = tx.init(params)
+    for _ in range(2):
+        _, state = jax.jit(tx.update)(params, state)
+    assert state.inner_state.trace["w"].shape == (4,)

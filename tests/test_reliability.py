@@ -75,15 +75,15 @@ def test_ten_thousand_steps(gradients, options):
         assert sizes[-1] > 1e-3
 
 
-def test_updates_would_not_be_bounded_without_clipping():
-    """What the default of `clip_update_rms` is for."""
+def test_a_moment_that_turns_is_bounded():
+    """What `clip_update_rms` is for: in a basis that stays, 1 is Adam's own bound."""
     gradient = reliability.BAD_GRADIENTS["1e6 spikes"]
     sizes = []
-    for clip_update_rms in (None, 10.0, 1.0):
+    for clip_update_rms in (None, 1.0):
         soap = soap_optax.scale_by_soap(clip_update_rms=clip_update_rms)
         sizes.append(reliability.simulation(soap, gradient, 10_000)(0)[0].max())
-    assert sizes[0] > 10.01
-    np.testing.assert_allclose(sizes[1:], [10, 1], rtol=1e-4)
+    assert sizes[0] > 2
+    np.testing.assert_allclose(sizes[1], 1, rtol=1e-4)
 
 
 def test_the_first_gradient_is_bad():
