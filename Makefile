@@ -31,7 +31,7 @@ sweep: setup
 	$(BIN)/python examples/compare_lm.py --sweep --out runs/sweep
 
 reliability: setup
-	$(BIN)/python experiments/reliability.py
+	$(BIN)/python experiments/reliability.py --out docs/results
 
 lint: setup
 	$(BIN)/ruff format --check .

@@ -469,20 +469,21 @@ def train(config: Config) -> Iterator[Row]:
             validation = [eval_fn(state.params, tokens) for tokens in eval_set]
             is_soap = config.optimizer == "soap" and config.diagnose
             bases = diagnose(state.opt_state) if is_soap else {}
+            bases = {name: float(value) for name, value in bases.items()}
             row = Row(
                 step=done,
                 seconds=round(seconds, 3),
                 train_loss=float(np.mean(losses)),
                 validation_loss=float(np.mean(validation)),
                 tokens_per_second=round(trained / (seconds - seconds_before), 1),
-                **{name: float(value) for name, value in bases.items()},
+                **bases,
             )
             losses, seconds_before = [], seconds
             progress.set_postfix(
                 loss=f"{row.train_loss:.3f}",
                 validation=f"{row.validation_loss:.3f}",
                 tokens_per_s=f"{row.tokens_per_second:.0f}",
-                **{name: f"{float(value):.2g}" for name, value in bases.items()},
+                **{name: f"{value:.2g}" for name, value in bases.items()},
             )
             yield row
         if manager and checkpoint:

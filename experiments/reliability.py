@@ -1,6 +1,6 @@
 """Measures what docs/reliability.md promises.
 
-    python experiments/reliability.py                 # all parts, 25 minutes
+    python experiments/reliability.py                 # all, half an hour
     python experiments/reliability.py --parts spikes drift
 
 Each part prints a table and writes it to `<out>/reliability_<part>.csv`.
@@ -168,7 +168,10 @@ def round_off() -> Iterator[Row]:
 
 
 def loss(seeds: tuple[int, ...] = (0, 1, 2)) -> Iterator[Row]:
-    """Final validation loss of the tiny language model with and without the damping."""
+    """Final validation loss of the tiny language model with and without the damping.
+
+    Finished runs in runs/reliability are not repeated.
+    """
     trainer = Path(__file__).parent.parent / "examples" / "train_lm.py"
     for seed in seeds:
         row: Row = {"seed": seed}
@@ -332,7 +335,7 @@ def main(experiment: Experiment) -> None:
     if unknown:
         sys.exit(f"error: --parts must be of {', '.join(PARTS)}, got {unknown}")
     for part in experiment.parts:
-        print(f"\n{part}: {PARTS[part].__doc__}")
+        print(f"\n{part}: {PARTS[part].__doc__.splitlines()[0]}")
         rows = []
         for row in PARTS[part]():
             rows.append(row)

@@ -26,9 +26,12 @@ def require_number(name: str, value: Any, low: float, below: float) -> None:
 
 def require_positive(name: str, value: Any) -> None:
     """Requires a finite number above 0. Traced values pass."""
-    if not isinstance(value, jax.core.Tracer):
-        require_number(name, value, 0, float("inf"))
-        require(name, value, "above 0", bool(value > 0))
+    try:
+        require_number(name, value, 0, np.inf)
+        holds = isinstance(value, jax.core.Tracer) or value > 0
+    except ValueError:
+        holds = False
+    require(name, value, "a finite number above 0", bool(holds))
 
 
 def require_number_or_schedule(name: str, value: Any, low: float, below: float) -> None:

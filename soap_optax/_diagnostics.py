@@ -89,42 +89,18 @@ def _eigenbasis_states(state: Any) -> Iterator[EigenbasisState]:
 def _diagnose(*of_factor: Any, refreshes: jax.Array, precision: Any) -> Diagnostics:
     """The figures of one factor, from it and what belongs to it in the state."""
     factor, eigenbasis, eigenvalues, skipped = (_array(x) for x in of_factor)
-    dtype = jnp.promote_types(factor.dtype, jnp.float32)
-    matrix, basis = factor.astype(dtype), eigenbasis.astype(dtype)
-    largest = jnp.max(jnp.diagonal(matrix, axis1=-2, axis2=-1), axis=-1)
-    matrix = matrix / jnp.where(largest > 0, largest, 1)[..., None, None]
-    rotated = jnp.einsum(
-        "...ki,...kl,...lj->...ij", basis, matrix, basis, precision=precision
+    condition, off_diagonal = _kronecker.quality(factor, eigenbasis, precision)
+    refreshed, _, _ = _kronecker.refresh(
+        factor, eigenbasis, eigenvalues, "qr", precision
     )
-    quotients = jnp.diagonal(rotated, axis1=-2, axis2=-1)
-    on_diagonal = jnp.broadcast_to(
-        jnp.eye(rotated.shape[-1], dtype=bool), rotated.shape
-    )
-    low, high = quotients.min(axis=-1), quotients.max(axis=-1)
-    is_singular = low <= float(jnp.finfo(dtype).eps) * high
-    norm = _norm(matrix)
-    refreshed, _, _ = _kronecker.refresh(matrix, basis, eigenvalues, "qr", precision)
+    angles = _kronecker.angles(eigenbasis, refreshed)
     figures = Diagnostics(
-        condition=jnp.where(
-            is_singular, jnp.inf, high / jnp.where(is_singular, 1, low)
-        ),
-        off_diagonal=_norm(jnp.where(on_diagonal, 0, rotated))
-        / jnp.where(norm > 0, norm, 1),
-        rotation=jnp.sqrt(jnp.mean(_angles(basis, refreshed) ** 2, axis=-1)),
-        skipped=skipped / jnp.maximum(refreshes, 1),
+        condition=condition,
+        off_diagonal=off_diagonal,
+        rotation=jnp.sqrt(jnp.mean(jnp.square(angles), axis=-1)),
+        skipped=skipped[..., 0] / jnp.maximum(refreshes, 1),
     )
     return Diagnostics(*(figure.astype(jnp.float32) for figure in figures))
-
-
-def _norm(matrix: jax.Array) -> jax.Array:
-    return jnp.sqrt(jnp.sum(jnp.square(matrix), axis=(-2, -1)))
-
-
-def _angles(basis: jax.Array, other: jax.Array) -> jax.Array:
-    """The angles between the lines along the columns of two bases, in radians."""
-    signs = jnp.sign(jnp.sum(basis * other, axis=-2, keepdims=True))
-    chords = jnp.sqrt(jnp.sum(jnp.square(basis - signs * other), axis=-2))
-    return 2 * jnp.arcsin(jnp.minimum(chords / 2, 1))
 
 
 def _merge(some: Any, others: Any, path: str = "") -> Any:

@@ -29,8 +29,13 @@ DEFAULT_MAX_PRECOND_DIM: int = np.int64(10_000)  # type: ignore[assignment]
 
 _PerLeaf = list[list[Any]]  # for each parameter, an array or None per axis
 
-# The fields of the state that are so, and how many axes fewer they have than a factor.
-_PER_FACTOR = {"factors": 0, "eigenbases": 0, "eigenvalues": 1, "skipped": 2}
+# The fields of the state that are so, and their shape from that of the factor.
+_PER_FACTOR: dict[str, Callable[[tuple[int, ...]], tuple[int, ...]]] = {
+    "factors": lambda shape: shape,
+    "eigenbases": lambda shape: shape,
+    "eigenvalues": lambda shape: shape[:-1],
+    "skipped": lambda shape: (*shape[:-2], 1),
+}
 
 
 class EigenbasisState(NamedTuple):
@@ -48,7 +53,8 @@ class EigenbasisState(NamedTuple):
       eigenbases: orthonormal matrices, one eigenvector a column.
       eigenvalues: estimates of the factors' eigenvalues, `[grid…, b]`, in the order of
         the columns: exact or nearly so at a refresh, followed since.
-      skipped: refreshes that failed and left an eigenbasis as it was, int32 `[grid…]`.
+      skipped: how many of `refreshes` failed and left an eigenbasis as it was, int32
+        `[grid…, 1]`.
       inner_state: the inner transformation's. Its moments hold projected coordinates
         in the parameters' shapes.
     """
@@ -242,7 +248,11 @@ def _init(
         return jnp.broadcast_to(jnp.eye(shape[-1], dtype=dtype), shape)
 
     def zero_eigenvalues(shape: tuple[int, ...], dtype: Any) -> jax.Array:
-        return jnp.zeros(shape[:-1], jnp.promote_types(dtype, jnp.float32))
+        stored = jnp.promote_types(dtype, jnp.float32)
+        return jnp.zeros(_PER_FACTOR["eigenvalues"](shape), stored)
+
+    def zero_counts(shape: tuple[int, ...], _: Any) -> jax.Array:
+        return jnp.zeros(_PER_FACTOR["skipped"](shape), jnp.int32)
 
     inner_params = [
         _cast(array, leaf.dtype)
@@ -254,7 +264,7 @@ def _init(
         factors=per_factor(jnp.zeros),
         eigenbases=per_factor(identity),
         eigenvalues=per_factor(zero_eigenvalues),
-        skipped=per_factor(lambda shape, _: jnp.zeros(shape[:-2], jnp.int32)),
+        skipped=per_factor(zero_counts),
         inner_state=_cast_first_moments(
             plan, options, inner.init(plan.treedef.unflatten(inner_params))
         ),
@@ -361,8 +371,8 @@ def _refresh_if_due(
         return new, eigenvalues, skipped, moments
 
     branches: list[Any] = [keep, functools.partial(refresh, options.refresh)]
-    is_due = _is_due(options, state.count).astype(jnp.int32)
-    branch = is_due
+    is_due = _is_due(options, state.count)
+    branch = is_due.astype(jnp.int32)
     if options.initial_basis == "eigh" and options.refresh != "eigh":
         branches.append(functools.partial(refresh, "eigh"))
         branch = jnp.where(state.count == 0, 2, branch)
@@ -371,7 +381,9 @@ def _refresh_if_due(
         *(state.eigenbases, state.eigenvalues, state.skipped, moments),
     )
     return state._replace(
-        refreshes=state.refreshes + is_due,
+        refreshes=jnp.where(
+            is_due, optax.safe_increment(state.refreshes), state.refreshes
+        ),
         eigenbases=eigenbases,
         eigenvalues=eigenvalues,
         skipped=skipped,
@@ -464,8 +476,8 @@ def _flat(plan: _tree.Plan, state: EigenbasisState) -> EigenbasisState:
     flat = {name: _tree.find(plan.leaves, getattr(state, name)) for name in _PER_FACTOR}
     for i, leaf in enumerate(plan.leaves):
         factors = leaf.layout.factor_shapes()
-        for name, beside in _PER_FACTOR.items():
-            wanted = tuple(None if s is None else s[: len(s) - beside] for s in factors)
+        for name, shape_of in _PER_FACTOR.items():
+            wanted = tuple(None if s is None else shape_of(s) for s in factors)
             shapes = tuple(None if x is None else x.shape for x in flat[name][i])
             if shapes != wanted:
                 raise ValueError(

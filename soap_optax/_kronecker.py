@@ -19,7 +19,6 @@ Stabilizing Shampoo using Adam", https://arxiv.org/abs/2409.11321, Algorithms 3 
 """
 
 import functools
-import math
 from collections.abc import Sequence
 from typing import Any, Literal
 
@@ -99,7 +98,7 @@ def change_basis(
 ) -> jax.Array:
     """Coordinates in the eigenbases `new` of what has coordinates `array` in `old`.
 
-    Along an eigenbasis that stayed, they stay, to the bit.
+    Along an eigenbasis that stayed they stay, to the bit (at full precision).
     """
 
     def rotation(q: jax.Array | None, q_new: jax.Array | None) -> jax.Array | None:
@@ -175,14 +174,14 @@ def clip_rms(
     array: jax.Array, layout: Layout, limit: jax.typing.ArrayLike
 ) -> jax.Array:
     """Scales the blocks whose root mean square exceeds `limit` down to it."""
-    blocks = layout.to_blocks(array)
+    blocks = layout.to_blocks(_at_least_float32(array))
     within = [d for d in range(blocks.ndim) if d not in layout.grid]
+    largest = jnp.max(jnp.abs(blocks), within, keepdims=True)
+    unit = blocks / jnp.where(largest > 0, largest, 1)  # whose squares do not overflow
+    rms = largest * jnp.sqrt(jnp.mean(jnp.square(unit), within, keepdims=True))
     limit = jnp.asarray(limit, blocks.dtype)
-    # More than one entry alone may be, so that no square overflows.
-    entry = limit * math.prod(blocks.shape[d] for d in within) ** 0.5
-    blocks = jnp.clip(blocks, -entry, entry)
-    rms = jnp.sqrt(jnp.mean(jnp.square(blocks), within, keepdims=True))
-    return layout.from_blocks(blocks * (limit / jnp.maximum(rms, limit)), array)
+    clipped = layout.from_blocks(blocks * (limit / jnp.maximum(rms, limit)), array)
+    return clipped.astype(array.dtype)
 
 
 def refresh(
@@ -210,14 +209,13 @@ def refresh(
 
     Returns:
       The new `eigenbasis` and `eigenvalues`, in the shapes and dtypes of the old, and
-      whether the decomposition failed, `[...]`.
+      1 if the decomposition failed, else 0, int32 `[..., 1]`.
     """
     run = functools.partial(_refresh, method=method, precision=precision)
-    grid = range(factor.ndim - 2)
     shardings = (
         explicit_sharding(eigenbasis, range(factor.ndim)),
         explicit_sharding(eigenvalues, range(factor.ndim - 1)),
-        explicit_sharding(eigenvalues, grid),
+        explicit_sharding(eigenvalues, [*range(factor.ndim - 2), None]),
     )
     if shardings[0] is not None:  # for decompositions JAX has no rules of sharding
         run = jax.sharding.auto_axes(run, out_sharding=shardings)
@@ -273,8 +271,48 @@ def _refresh(
     return (
         jnp.where(sound[..., None, None], new, eigenbasis),
         jnp.where(sound[..., None], scales, eigenvalues),
-        ~sound,
+        (~sound).astype(jnp.int32)[..., None],
     )
+
+
+def quality(
+    factor: jax.Array, eigenbasis: jax.Array, precision: Any
+) -> tuple[jax.Array, jax.Array]:
+    """How well conditioned a factor M is, and how well its eigenbasis diagonalizes it.
+
+    Returns:
+      Largest over smallest diagonal entry of Q^T M Q, infinite where the smallest is
+      round-off, and the norm of its off-diagonal part over that of M, both `[...]`.
+    """
+    matrix, basis = _at_least_float32(factor), _at_least_float32(eigenbasis)
+    diagonal = jnp.diagonal(matrix, axis1=-2, axis2=-1)
+    matrix = matrix / _largest(diagonal)[..., None]  # whose squares do not overflow
+    rotated = jnp.einsum(
+        "...ki,...kl,...lj->...ij", basis, matrix, basis, precision=precision
+    )
+    quotients = jnp.diagonal(rotated, axis1=-2, axis2=-1)
+    low, high = quotients.min(axis=-1), quotients.max(axis=-1)
+    is_singular = low <= _null_share(matrix) * high
+    condition = jnp.where(is_singular, jnp.inf, high / jnp.where(is_singular, 1, low))
+    on_diagonal = jnp.broadcast_to(
+        jnp.eye(rotated.shape[-1], dtype=bool), rotated.shape
+    )
+    norm = _norm(matrix)
+    off_diagonal = _norm(jnp.where(on_diagonal, 0, rotated))
+    return condition, off_diagonal / jnp.where(norm > 0, norm, 1)
+
+
+def angles(eigenbasis: jax.Array, other: jax.Array) -> jax.Array:
+    """Between the lines along the columns of two eigenbases, radians, `[..., b]`."""
+    basis, other = _at_least_float32(eigenbasis), _at_least_float32(other)
+    is_opposite = jnp.sum(basis * other, axis=-2, keepdims=True) < 0
+    chords = basis - jnp.where(is_opposite, -other, other)
+    lengths = jnp.sqrt(jnp.sum(jnp.square(chords), axis=-2))
+    return 2 * jnp.arcsin(jnp.minimum(lengths / 2, 1))
+
+
+def _norm(matrix: jax.Array) -> jax.Array:
+    return jnp.sqrt(jnp.sum(jnp.square(matrix), axis=(-2, -1)))
 
 
 def _largest(eigenvalues: jax.Array) -> jax.Array:

@@ -104,9 +104,10 @@ def soap(
         0.01 of the unit round-off, which leaves all but null directions as they are;
         0: off, as published.
       clip_update_rms: bound of the root mean square of a block's update before the
-        learning rate, above 0; None: no bound, as published. In a basis that stays, one
-        is Adam's own bound (if b1 = b2). The default only stops a moment that turns,
-        after a spike, to where the second moment has not seen it.
+        learning rate, above 0, for parameters with factors; None: no bound, as
+        published. In a basis that stays, one is Adam's own bound (if b1 = b2). The
+        default only stops a moment that turns, after a spike, to where the second
+        moment has not seen it.
 
     Returns:
       An `optax.GradientTransformationExtraArgs`. Updates have the gradients' dtype.

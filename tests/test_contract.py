@@ -75,6 +75,34 @@ def test_extra_args_and_no_recompilation(make, caplog):
     assert "Compiling" not in caplog.text
 
 
+def test_strict_promotion_of_dtypes():
+    tx = soap_optax.in_eigenbasis(optax.trace(0.9), clip_update_rms=1.0)
+    params = normal_tree()
+    with jax.numpy_dtype_promotion("strict"):
+        state = tx.init(params)
+        jax.jit(tx.update)(params, state)
+
+
+def test_inside_shard_map():
+    """Each device has the state of its own rows."""
+    mesh = jax.make_mesh((8,), ("x",), axis_types=(jax.sharding.AxisType.Auto,))
+    tx = soap_optax.scale_by_soap()
+    grads = np.random.default_rng(0).normal(size=(4, 32, 3)).astype("f4")
+    rows = jax.P("x")
+    specs = jax.tree.map(
+        lambda x: rows if x.ndim else jax.P(), jax.eval_shape(tx.init, grads[0, :4])
+    )
+    init = jax.shard_map(tx.init, mesh=mesh, in_specs=rows, out_specs=specs)
+    update = jax.shard_map(
+        tx.update, mesh=mesh, in_specs=(rows, specs), out_specs=(rows, specs)
+    )
+    state, alone = jax.jit(init)(grads[0]), tx.init(jnp.asarray(grads[0, 4:8]))
+    for grad in grads:
+        updates, state = jax.jit(update)(grad, state)
+        expected, alone = jax.jit(tx.update)(jnp.asarray(grad[4:8]), alone)
+        np.testing.assert_allclose(updates[4:8], expected, atol=1e-3)
+
+
 def test_extra_args_reach_the_inner_transformation():
     seen = []
 

@@ -89,10 +89,42 @@ def test_skipped_refreshes():
     for i in range(2):
         _, state = tx.update(normal(3, 2, seed=i), state)
     assert state.refreshes == 3
+    assert [skipped.tolist() for skipped in state.skipped] == [[1], [0]]
     rows, columns = soap_optax.diagnostics(state._replace(factors=before.factors))
     np.testing.assert_allclose([rows.skipped, columns.skipped], [1 / 3, 0])
     np.testing.assert_array_equal(state.eigenbases[0], before.eigenbases[0])
     assert not np.array_equal(state.eigenbases[1], before.eigenbases[1])
+
+
+def test_a_moment_along_a_skipped_refresh_stays():
+    """With b1 near 1 it would not, had the refresh that failed turned it."""
+    tx = soap_optax.scale_by_soap(precondition_frequency=4, b1=1 - 1e-12)
+    state = trained(tx, jnp.ones((3, 2)), steps=4)
+    moment = normal(3, 2, seed=9)
+    state = state._replace(
+        factors=tuple(jnp.full_like(f, jnp.nan) for f in state.factors),
+        inner_state=state.inner_state._replace(mu=moment),
+    )
+    _, after = tx.update(jnp.zeros((3, 2)), state)
+    assert [skipped.tolist() for skipped in after.skipped] == [[1], [1]]
+    np.testing.assert_allclose(after.inner_state.mu, moment, rtol=1e-11)
+
+
+def test_on_an_explicit_mesh():
+    mesh = jax.make_mesh((8,), ("x",), axis_types=(jax.sharding.AxisType.Explicit,))
+    tx = soap_optax.scale_by_soap(block_size=2)
+    grad = normal(16, 4)
+    expected = soap_optax.diagnostics(tx.update(grad, tx.init(grad))[1])
+    with jax.set_mesh(mesh):
+        rows = jax.sharding.NamedSharding(mesh, jax.P("x", None))
+        sharded = jax.device_put(grad, rows)
+        state = tx.init(sharded)
+        _, after = jax.jit(tx.update)(sharded, state)
+        assert jax.tree.map(jax.typeof, after) == jax.tree.map(jax.typeof, state)
+        figures = jax.jit(soap_optax.diagnostics)(after)
+    jax.tree.map(
+        lambda x, y: np.testing.assert_allclose(x, y, atol=1e-5), figures, expected
+    )
 
 
 def test_inside_of_other_states():

@@ -109,8 +109,38 @@ def test_clip_rms(block_size):
     else:
         np.testing.assert_array_equal(clipped, jnp.minimum(update, 5.0))
     np.testing.assert_array_equal(_kronecker.clip_rms(update, plan, 10.0), update)
-    huge = _kronecker.clip_rms(1e300 * update, plan, 5.0)
-    np.testing.assert_allclose(np.sqrt(np.mean(huge[2:] ** 2)), 5, rtol=0.5)
+    np.testing.assert_allclose(
+        _kronecker.clip_rms(1e300 * update, plan, 5.0)[2:],
+        (clipped if block_size is None else 5 * update / update[-1, -1])[2:],
+    )
+
+
+def test_clip_rms_keeps_directions_and_shows_what_is_not_finite():
+    plan, update = layout(4, 3), normal(4, 3)
+    for scale in (10.0, 1e3, 1e200):
+        clipped = _kronecker.clip_rms(scale * update, plan, 1.0)
+        np.testing.assert_allclose(clipped, update / np.sqrt(np.mean(update**2)))
+    infinite = _kronecker.clip_rms(update.at[0, 0].set(jnp.inf), plan, 1.0)
+    assert not np.isfinite(infinite[0, 0])
+    np.testing.assert_array_equal(_kronecker.clip_rms(0 * update, plan, 1.0), 0)
+    half = jnp.full((4, 3), 6e4, jnp.float16)
+    np.testing.assert_array_equal(_kronecker.clip_rms(half, plan, 1e3), 1e3)
+
+
+def test_angles_are_between_lines():
+    basis = orthogonal(3)
+    turned = basis @ jnp.array([[0, -1, 0], [1, 0, 0], [0, 0, -1.0]])
+    angles = _kronecker.angles(basis, turned)
+    np.testing.assert_allclose(angles, [np.pi / 2, np.pi / 2, 0], atol=1e-7)
+    np.testing.assert_allclose(_kronecker.angles(basis, -basis), 0, atol=1e-7)
+
+
+def test_quality_of_what_is_singular_up_to_round_off():
+    factors = jnp.stack([jnp.diag(jnp.array([1.0, x])) for x in (1e-3, 1e-17, -1e-17)])
+    bases = jnp.broadcast_to(jnp.eye(2), factors.shape)
+    condition, off_diagonal = _kronecker.quality(factors, bases, None)
+    np.testing.assert_allclose(condition, [1e3, np.inf, np.inf])
+    np.testing.assert_array_equal(off_diagonal, 0)
 
 
 def test_what_is_orthonormal():
@@ -201,7 +231,7 @@ def test_a_refresh_that_fails_changes_nothing(method):
     factors = jnp.stack([jnp.full((4, 4), jnp.inf), jnp.diag(jnp.arange(1.0, 5))])
     bases, values = (jnp.concatenate([x, x]) for x in (basis, eigenvalues))
     new, after, failed = _kronecker.refresh(factors, bases, values, method, None)
-    assert failed.tolist() == [True, False]
+    assert failed.tolist() == [[1], [0]]
     np.testing.assert_array_equal(new[0], basis[0])
     np.testing.assert_array_equal(after[0], eigenvalues[0])
     np.testing.assert_allclose(after[1], np.arange(1.0, 5))

@@ -86,6 +86,31 @@ def test_a_moment_that_turns_is_bounded():
     np.testing.assert_allclose(sizes[1], 1, rtol=1e-4)
 
 
+def test_the_default_bound():
+    """A small gradient after a large one, in a second moment that forgets at once."""
+    gradients = [normal(0), normal(0), np.float32(1e-4) * normal(0)]
+
+    def last(**options):
+        tx = soap_optax.scale_by_soap(b1=0.9, b2=0.0, **options)
+        return run(tx, gradients)[0][-1]
+
+    free, bounded = last(clip_update_rms=None), last()
+    assert np.sqrt(np.mean(free**2)) > 100
+    np.testing.assert_allclose(np.sqrt(np.mean(bounded**2)), 10, rtol=1e-4)
+    cosine = np.sum(free * bounded) / np.linalg.norm(free) / np.linalg.norm(bounded)
+    np.testing.assert_allclose(cosine, 1, rtol=1e-5)
+
+
+def test_what_has_no_factor_is_not_bounded():
+    tx = soap_optax.in_eigenbasis(optax.scale(100.0), clip_update_rms=1.0)
+    params = {"w": jnp.ones((3, 2)), "b": jnp.ones(3)}
+    state = tx.init(params)
+    for _ in range(2):
+        updates, state = tx.update(params, state)
+    np.testing.assert_allclose(updates["w"], 1, rtol=1e-5)
+    np.testing.assert_array_equal(updates["b"], 100)
+
+
 def test_the_first_gradient_is_bad():
     tx = optax.apply_if_finite(soap_optax.scale_by_soap(), 3)
     updates, _ = run(tx, [normal(0) * np.nan, *(normal(i) for i in range(1, 9))])

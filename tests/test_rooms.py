@@ -20,7 +20,7 @@ ROOMS = {
 }
 OUTSIDE = {
     "_layout": {"collections", "dataclasses", "jax", "math", "operator", "typing"},
-    "_kronecker": {"collections", "functools", "jax", "math", "numpy", "typing"},
+    "_kronecker": {"collections", "functools", "jax", "numpy", "typing"},
 }
 
 
