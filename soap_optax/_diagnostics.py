@@ -1,7 +1,6 @@
 """What the factors and eigenbases of a state say about themselves."""
 
 import functools
-from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import jax
@@ -78,12 +77,12 @@ def _array(node: Any) -> Any:
     return jax.tree.leaves(node)[0]
 
 
-def _eigenbasis_states(state: Any) -> Iterator[EigenbasisState]:
+def _eigenbasis_states(state: Any) -> list[EigenbasisState]:
     is_one = lambda node: isinstance(node, EigenbasisState)  # noqa: E731
     found = [n for n in jax.tree.leaves(state, is_leaf=is_one) if is_one(n)]
     rule = "an optax state that holds an EigenbasisState"
     _arguments.require("state", type(state).__name__, rule, bool(found))
-    yield from found
+    return found
 
 
 def _diagnose(*of_factor: Any, refreshes: jax.Array, precision: Any) -> Diagnostics:

@@ -112,6 +112,7 @@ def test_resume(options, tmp_path):
     ],
     ids=range(9),
 )
+@pytest.mark.slow
 def test_resume_of_others(tx, tmp_path):
     step = step_of(tx)
     middle = run(step, PARAMS, tx.init(PARAMS), range(SAVED))
