@@ -405,6 +405,13 @@ def diagnose(opt_state: optax.OptState) -> dict[str, jax.Array]:
     return means._replace(condition=jnp.median(together.condition))._asdict()
 
 
+def describe_bases(config: Config, state: TrainState) -> dict[str, float]:
+    """What `diagnose` says, or nothing if it is not SOAP or not asked for."""
+    if config.optimizer != "soap" or not config.diagnose:
+        return {}
+    return {name: float(value) for name, value in diagnose(state.opt_state).items()}
+
+
 def open_checkpoints(
     config: Config, state: TrainState
 ) -> tuple[ocp.CheckpointManager | None, TrainState, float]:
@@ -467,9 +474,7 @@ def train(config: Config) -> Iterator[Row]:
         if evaluate:
             trained = len(losses) * config.batch * config.context
             validation = [eval_fn(state.params, tokens) for tokens in eval_set]
-            is_soap = config.optimizer == "soap" and config.diagnose
-            bases = diagnose(state.opt_state) if is_soap else {}
-            bases = {name: float(value) for name, value in bases.items()}
+            bases = describe_bases(config, state)
             row = Row(
                 step=done,
                 seconds=round(seconds, 3),

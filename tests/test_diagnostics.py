@@ -1,27 +1,20 @@
 """What a state says about its eigenbases, against NumPy."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+import training
 from flax import nnx
 
 import soap_optax
 from soap_optax import Diagnostics
 
-
-def normal(*shape, seed=0):
-    return jnp.asarray(np.random.default_rng(seed).normal(size=shape))
-
-
-def trained(tx, params, steps=9):
-    state = tx.init(params)
-    update = jax.jit(tx.update)
-    for i in range(steps):
-        grads = jax.tree.map(lambda p, i=i: normal(*p.shape, seed=i), params)
-        _, state = update(grads, state, params)
-    return state
+normal = functools.partial(training.normal, dtype=np.float64)
+trained = functools.partial(training.trained, steps=9, dtype=np.float64)
 
 
 def test_against_numpy():

@@ -8,22 +8,9 @@ import numpy as np
 import optax
 import pytest
 from jax.sharding import NamedSharding
+from training import normal, trained
 
 import soap_optax
-
-
-def normal(*shape, seed=0, dtype=np.float32):
-    return jnp.asarray(np.random.default_rng(seed).normal(size=shape), dtype)
-
-
-def trained(tx, params, steps=5):
-    state = tx.init(params)
-    update = jax.jit(tx.update)
-    for i in range(steps):
-        grads = jax.tree.map(lambda p, i=i: normal(*p.shape, seed=i), params)
-        _, state = update(grads, state, params)
-    return state
-
 
 PARAMS = {
     "dense": {"kernel": jnp.ones((8, 6)), "bias": jnp.ones(6)},
