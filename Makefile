@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: help setup train sweep reliability test test-slow test-oldest lint format clean
+.PHONY: help setup train sweep reliability bench test test-slow test-oldest lint format clean
 
 help:
 	@echo "make train        SOAP beside AdamW on a small language model, with a plot"
@@ -11,6 +11,7 @@ help:
 	@echo "make test-slow    every combination of options, 2,000 random cases, long runs"
 	@echo "make sweep        the sweep that tuned both optimizers of make train"
 	@echo "make reliability  the figures of docs/reliability.md"
+	@echo "make bench        times and memory of steps, refreshes and compilation"
 	@echo "make test-oldest  the tests on the oldest supported JAX and optax"
 	@echo "make format       format the code"
 	@echo "PYTHON=python3.12 VENV=.venv-3.12 choose another interpreter."
@@ -32,6 +33,11 @@ sweep: setup
 
 reliability: setup
 	$(BIN)/python experiments/reliability.py --out docs/results
+
+bench: setup
+	$(BIN)/python benchmarks/steps.py --out docs/results
+	$(BIN)/python benchmarks/steps.py --out docs/results --preset 24-layers \
+		--rows soap --parts steps --cycles 1
 
 lint: setup
 	$(BIN)/ruff format --check .

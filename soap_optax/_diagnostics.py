@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from soap_optax import _arguments, _kronecker
+from soap_optax import _arguments, _kronecker, _refresh
 from soap_optax._eigenbasis import EigenbasisState
 
 
@@ -65,7 +65,7 @@ def diagnostics(
         )
         figures = jax.tree.map(
             diagnose,
-            *(one.factors, one.eigenbases, one.eigenvalues, one.skipped),
+            *(one.factors, one.eigenbases, one.skipped),
             is_leaf=lambda node: not isinstance(node, (dict, tuple, list, type(None))),
         )
         merged = _merge(merged, figures)
@@ -87,12 +87,14 @@ def _eigenbasis_states(state: Any) -> list[EigenbasisState]:
 
 def _diagnose(*of_factor: Any, refreshes: jax.Array, precision: Any) -> Diagnostics:
     """The figures of one factor, from it and what belongs to it in the state."""
-    factor, eigenbasis, eigenvalues, skipped = (_array(x) for x in of_factor)
+    factor, eigenbasis, skipped = (_array(x) for x in of_factor)
     condition, off_diagonal = _kronecker.quality(factor, eigenbasis, precision)
-    refreshed, _, _ = _kronecker.refresh(
-        factor, eigenbasis, eigenvalues, "qr", precision
+    method = _refresh.Method("qr", precision=precision)
+    refreshed = _refresh.refresh_one(factor, eigenbasis, method)
+    turned = _kronecker.adopt(
+        *(refreshed.rows, eigenbasis, refreshed.is_new), overwrite=False
     )
-    angles = _kronecker.angles(eigenbasis, refreshed)
+    angles = _kronecker.angles(eigenbasis, turned)
     figures = Diagnostics(
         condition=condition,
         off_diagonal=off_diagonal,

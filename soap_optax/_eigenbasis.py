@@ -1,9 +1,9 @@
 """Runs any optax transformation in the eigenbasis of Shampoo's Kronecker factors.
 
-The only home of the step count and `lax.cond`: `_layout` knows one shape, `_kronecker`
-one parameter, `_tree` where things stand in a tree. Two functions of the state make a
-step, `_step` (project, run the inner transformation, project back) and
-`_accumulate_and_refresh`; `basis` says which comes first.
+The only home of the step count: `_layout` knows one shape, `_kronecker` one parameter,
+`_refresh` the eigenbases that are due, `_tree` where things stand in a tree. Two
+functions of the state make a step, `_step` (project, run the inner transformation,
+project back) and `_accumulate_and_refresh`; `basis` says which comes first.
 """
 
 import dataclasses
@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from soap_optax import _arguments, _kronecker, _tree
+from soap_optax import _arguments, _kronecker, _refresh, _tree
 from soap_optax._layout import Layout, make_layout
 
 # Fields of optax states that hold a mean of gradients.
@@ -53,8 +53,8 @@ class EigenbasisState(NamedTuple):
       eigenbases: orthonormal matrices, one eigenvector a column.
       eigenvalues: estimates of the factors' eigenvalues, `[grid…, b]`, in the order of
         the columns: exact or nearly so at a refresh, followed since.
-      skipped: how many of `refreshes` failed and left an eigenbasis as it was, int32
-        `[grid…, 1]`.
+      skipped: how many of `refreshes` left an eigenbasis as it was, because they failed
+        or `refresh_tolerance` made them needless, int32 `[grid…, 1]`.
       inner_state: the inner transformation's. Its moments hold projected coordinates
         in the parameters' shapes.
     """
@@ -76,6 +76,8 @@ class _Options:
     precondition_frequency: Any
     basis: str
     refresh: Any
+    refresh_tolerance: Any
+    stagger: bool
     initial_basis: str
     mu_dtype: Any
     precond_dtype: Any
@@ -83,6 +85,9 @@ class _Options:
     rcond: Any
     clip_update_rms: Any
     first_moments: tuple[str, ...]
+
+
+_StepFn = Callable[[EigenbasisState], tuple[list[jax.Array], EigenbasisState]]
 
 
 def in_eigenbasis(
@@ -97,7 +102,9 @@ def in_eigenbasis(
     block_size: int | None = None,
     dimension_numbers: Any = None,
     basis: Literal["previous", "current"] = "previous",
-    refresh: Literal["qr", "eigh"] = "qr",
+    refresh: Literal["qr", "cholesky_qr", "eigh"] = "qr",
+    refresh_tolerance: jax.typing.ArrayLike | None = None,
+    stagger: bool = False,
     initial_basis: Literal["eigh", "identity"] = "eigh",
     mu_dtype: jax.typing.DTypeLike | None = None,
     precond_dtype: jax.typing.DTypeLike | None = None,
@@ -156,6 +163,8 @@ def in_eigenbasis(
         precondition_frequency=precondition_frequency,
         basis=basis,
         refresh=refresh,
+        refresh_tolerance=refresh_tolerance,
+        stagger=stagger,
         initial_basis=initial_basis,
         mu_dtype=mu_dtype,
         precond_dtype=precond_dtype,
@@ -201,17 +210,10 @@ def in_eigenbasis(
             params = _tree.flatten_params(plan, params)
         step = functools.partial(_step, plan, options, inner, params, extra_args)
         if basis == "current":
-            steps, flat = step(_accumulate_and_refresh(plan, options, flat))
+            steps, flat = step(_accumulate_and_refresh(plan, options, [], flat)[1])
         else:
-            # The first step only builds the eigenbases: no update, inner not run.
-            stepped, flat = step(flat)
-            steps, inner_state = optax.tree.where(
-                state.count == 0,
-                (jax.tree.map(jnp.zeros_like, stepped), state.inner_state),
-                (stepped, flat.inner_state),
-            )
-            flat = _accumulate_and_refresh(
-                plan, options, flat._replace(inner_state=inner_state)
+            steps, flat = _accumulate_and_refresh(
+                plan, options, *_unless_first(step, plan, flat)
             )
         new_updates = [
             step.astype(gradient.dtype)
@@ -280,37 +282,39 @@ def _step(
     state: EigenbasisState,
 ) -> tuple[list[jax.Array], EigenbasisState]:
     """Projects, runs the inner transformation and projects its updates back."""
-    layouts = [leaf.layout for leaf in plan.leaves]
 
-    def project(arrays: Sequence[jax.Array]) -> list[jax.Array]:
-        entries = zip(arrays, plan.leaves, state.eigenbases, strict=True)
-        return [
+    def project_params() -> Any:
+        entries = zip(params or (), plan.leaves, state.eigenbases, strict=True)
+        return plan.treedef.unflatten(
             _kronecker.project(
-                array.astype(leaf.dtype), q, leaf.layout, options.precision
+                param.astype(leaf.dtype), q, leaf.layout, options.precision
             )
-            for array, leaf, q in entries
-        ]
+            for param, leaf, q in entries
+        )
 
-    projected = [
-        _kronecker.bounded(array) if any(layout.factored) else array
-        for array, layout in zip(project(plan.arrays), layouts, strict=True)
-    ]
+    projected, eigenvalues = [], []
     weight = _weight(options, state.count)
-    eigenvalues = [
-        _kronecker.follow(e, array, layout, weight)
-        for e, array, layout in zip(state.eigenvalues, projected, layouts, strict=True)
-    ]
+    for array, leaf, q, values in zip(
+        plan.arrays, plan.leaves, state.eigenbases, state.eigenvalues, strict=True
+    ):
+        coordinates, energies = _kronecker.project_and_measure(
+            array.astype(leaf.dtype), q, leaf.layout, options.precision
+        )
+        eigenvalues.append(_kronecker.follow(values, energies, weight))
+        if any(leaf.layout.factored):
+            coordinates = _kronecker.bounded(coordinates)
+        projected.append(coordinates)
     inner_updates, inner_state = inner.update(
         plan.treedef.unflatten(projected),
         state.inner_state,
-        None if params is None else plan.treedef.unflatten(project(params)),
+        None if params is None else project_params(),
         **extra_args,
     )
     inner_updates = plan.treedef.flatten_up_to(inner_updates)
     steps = [
-        _bound_and_project_back(options, layout, *of_leaf)
-        for layout, *of_leaf in zip(
-            layouts, inner_updates, eigenvalues, state.eigenbases, strict=True
+        _bound_and_project_back(options, leaf.layout, *of_leaf)
+        for leaf, *of_leaf in zip(
+            plan.leaves, inner_updates, eigenvalues, state.eigenbases, strict=True
         )
     ]
     inner_state = _cast_first_moments(plan, options, inner_state)
@@ -322,14 +326,55 @@ def _bound_and_project_back(
 ) -> jax.Array:
     """The step of a parameter, from an inner update."""
     update = _kronecker.damp(update, eigenvalues, layout, options.rcond)
+    step = _kronecker.project_back(update, bases, layout, options.precision)
     if any(layout.factored) and options.clip_update_rms is not None:
-        update = _kronecker.clip_rms(update, layout, options.clip_update_rms)
-    return _kronecker.project_back(update, bases, layout, options.precision)
+        step = _kronecker.clip_rms(step, layout, options.clip_update_rms)
+    return step
+
+
+def _unless_first(
+    step: _StepFn, plan: _tree.Plan, state: EigenbasisState
+) -> tuple[list[jax.Array], EigenbasisState]:
+    """The step, but the first, which builds the eigenbases: no update, inner not run.
+
+    Not by choosing between two results: what is chosen from cannot be overwritten.
+    """
+
+    def run(eigenvalues: Any, inner_state: Any) -> tuple[Any, ...]:
+        steps, new = step(
+            state._replace(eigenvalues=eigenvalues, inner_state=inner_state)
+        )
+        return steps, new.eigenvalues, new.inner_state
+
+    def skip(eigenvalues: Any, inner_state: Any) -> tuple[Any, ...]:
+        # In the dtypes of a step: those of an inner state may change in its first one.
+        steps, *kept = jax.eval_shape(run, eigenvalues, inner_state)
+        zeros = [
+            jnp.zeros_like(gradient, step.dtype)
+            for gradient, step in zip(plan.arrays, steps, strict=True)
+        ]
+        same = jax.tree.map(
+            lambda old, new: jnp.asarray(old, new.dtype),
+            *([eigenvalues, inner_state], kept),
+        )
+        return zeros, *same
+
+    operands = (state.eigenvalues, state.inner_state)
+    if isinstance(state.count, jax.core.Tracer):
+        is_later = (state.count != 0).astype(jnp.int32)
+        results = jax.lax.switch(is_later, [skip, run], *operands)
+    else:
+        results = run(*operands) if state.count else skip(*operands)
+    steps, eigenvalues, inner_state = results
+    return steps, state._replace(eigenvalues=eigenvalues, inner_state=inner_state)
 
 
 def _accumulate_and_refresh(
-    plan: _tree.Plan, options: _Options, state: EigenbasisState
-) -> EigenbasisState:
+    plan: _tree.Plan,
+    options: _Options,
+    steps: list[jax.Array],
+    state: EigenbasisState,
+) -> tuple[list[jax.Array], EigenbasisState]:
     """Accumulates the factors and, when due, refreshes the eigenbases."""
     weight = _weight(options, state.count)
     factors = [
@@ -338,90 +383,96 @@ def _accumulate_and_refresh(
             state.factors, plan.arrays, plan.leaves, strict=True
         )
     ]
-    return _refresh_if_due(plan, options, state._replace(factors=factors))
+    return _refresh_if_due(plan, options, steps, state._replace(factors=factors))
 
 
 def _refresh_if_due(
-    plan: _tree.Plan, options: _Options, state: EigenbasisState
-) -> EigenbasisState:
-    """Refreshes the eigenbases and changes the first moments to them.
-
-    It is due when the frequency divides the count, so always at the first step.
-    """
+    plan: _tree.Plan,
+    options: _Options,
+    steps: list[jax.Array],
+    state: EigenbasisState,
+) -> tuple[list[jax.Array], EigenbasisState]:
+    """Refreshes the eigenbases that are due and changes the first moments to them."""
     owners, moments, with_moments = _tree.split_first_moments(
         state.inner_state, plan.leaves, options.first_moments
     )
-
-    def keep(*operands: Any) -> tuple[Any, ...]:
-        return operands
-
-    def refresh(
-        method: Any, eigenbases: Any, eigenvalues: Any, skipped: Any, moments: Any
-    ) -> tuple[Any, ...]:
-        new, eigenvalues, failed = _refresh(
-            state.factors, eigenbases, eigenvalues, method, options
-        )
-        skipped = jax.tree.map(jnp.add, skipped, failed)
-        moments = [
-            _kronecker.change_basis(
-                moment, eigenbases[i], new[i], plan.leaves[i].layout, options.precision
-            )
-            for i, moment in zip(owners, moments, strict=True)
-        ]
-        return new, eigenvalues, skipped, moments
-
-    branches: list[Any] = [keep, functools.partial(refresh, options.refresh)]
-    is_due = _is_due(options, state.count)
-    branch = is_due.astype(jnp.int32)
-    if options.initial_basis == "eigh" and options.refresh != "eigh":
-        branches.append(functools.partial(refresh, "eigh"))
-        branch = jnp.where(state.count == 0, 2, branch)
-    eigenbases, eigenvalues, skipped, moments = jax.lax.switch(
-        *(branch, branches),
-        *(state.eigenbases, state.eigenvalues, state.skipped, moments),
+    of_leaf = [
+        [k for k, owner in enumerate(owners) if owner == i]
+        for i in range(len(plan.leaves))
+    ]
+    slots = _refresh.make_slots(
+        state.factors, options.precondition_frequency if options.stagger else None
     )
-    return state._replace(
+    begin, end = _due_slots(options, state.count, len(slots))
+    method = _refresh.Method(
+        options.refresh,
+        initial=options.initial_basis == "eigh" and state.count == 0,
+        tolerance=options.refresh_tolerance,
+        precision=options.precision,
+    )
+
+    # XLA lets the branches overwrite their operands, copying nothing where nothing is
+    # due, if the one that keeps them is the first, if all that reads the eigenbases
+    # comes before, and if the new ones are written after all that reads the old ones.
+    # Hence the steps as operands, behind a barrier, lest they be seen to be unused.
+
+    def keep(bases: _refresh.Bases, steps: Any) -> tuple[_refresh.Bases, Any]:
+        return bases, steps
+
+    def refresh(bases: _refresh.Bases, steps: Any) -> tuple[_refresh.Bases, Any]:
+        layouts = [leaf.layout for leaf in plan.leaves]
+        all_bases = _refresh.Refresh(layouts, state.factors, method, slots)
+        bases = all_bases.run(bases, begin, end)
+        return bases, jax.lax.optimization_barrier(steps)
+
+    bases = _refresh.Bases(
+        *(state.eigenbases, state.eigenvalues, state.skipped),
+        [[moments[k] for k in mine] for mine in of_leaf],
+    )
+    bases, steps = jax.lax.switch(
+        jnp.less(begin, end).astype(jnp.int32), [keep, refresh], bases, steps
+    )
+    for mine, changed in zip(of_leaf, bases.moments, strict=True):
+        for k, moment in zip(mine, changed, strict=True):
+            moments[k] = moment
+    return steps, state._replace(
         refreshes=jnp.where(
-            is_due, optax.safe_increment(state.refreshes), state.refreshes
+            _is_due(options, state.count, len(slots)),
+            optax.safe_increment(state.refreshes),
+            state.refreshes,
         ),
-        eigenbases=eigenbases,
-        eigenvalues=eigenvalues,
-        skipped=skipped,
+        eigenbases=bases.eigenbases,
+        eigenvalues=bases.eigenvalues,
+        skipped=bases.skipped,
         inner_state=with_moments(moments),
     )
 
 
-def _refresh(
-    factors: _PerLeaf,
-    eigenbases: _PerLeaf,
-    eigenvalues: _PerLeaf,
-    method: Any,
-    options: _Options,
-) -> tuple[_PerLeaf, _PerLeaf, _PerLeaf]:
-    """Refreshes all eigenbases and eigenvalues, and says which failed."""
+def _due_slots(options: _Options, count: jax.Array, slots: int) -> tuple[Any, Any]:
+    """The slots that are refreshed in the step with this count, from one to another.
 
-    def one(factor: Any, eigenbasis: Any, values: Any) -> tuple[Any, Any, Any]:
-        if factor is None:
-            return None, None, None
-        return _kronecker.refresh(factor, eigenbasis, values, method, options.precision)
-
-    refreshed = [
-        [one(*of_axis) for of_axis in zip(*of_leaf, strict=True)]
-        for of_leaf in zip(factors, eigenbases, eigenvalues, strict=True)
-    ]
-    new, values, failed = (
-        [[of_axis[i] for of_axis in of_leaf] for of_leaf in refreshed] for i in range(3)
+    All when the frequency divides the count, so always at the first step; staggered,
+    one a step after that.
+    """
+    if not options.stagger:
+        return 0, jnp.where(_is_due(options, count, slots), slots, 0)
+    slot = count % options.precondition_frequency
+    is_first = count == 0
+    return (
+        jnp.where(is_first, 0, slot),
+        jnp.where(is_first, slots, jnp.minimum(slot + 1, slots)),
     )
-    return new, values, failed
 
 
-def _is_due(options: _Options, count: jax.Array) -> jax.Array:
-    """Whether the eigenbases are refreshed in the step with this count."""
+def _is_due(options: _Options, count: jax.Array, slots: int) -> jax.Array:
+    """Whether a refresh of all eigenbases begins in the step with this count."""
     frequency = options.precondition_frequency
     if callable(frequency):
         frequency = frequency(count)
     frequency = jnp.maximum(1, jnp.asarray(frequency).astype(count.dtype))
-    return count % frequency == 0
+    # Staggered, the first is followed by that of the second slot.
+    is_second = options.stagger and slots > 1
+    return (count % frequency == (1 % frequency if is_second else 0)) | (count == 0)
 
 
 def _weight(options: _Options, count: jax.Array) -> jax.typing.ArrayLike:
@@ -496,10 +547,16 @@ def _check_options(options: _Options) -> None:
         _arguments.require_number("rcond", options.rcond, 0, 1)
     if options.clip_update_rms is not None:
         _arguments.require_positive("clip_update_rms", options.clip_update_rms)
-    if not callable(frequency):
+    _arguments.require_choice("stagger", options.stagger, (True, False))
+    if options.stagger:  # it fixes which factors share a step
+        _arguments.require_int("precondition_frequency", frequency, 1)
+    elif not callable(frequency):
         _arguments.require_traceable_int("precondition_frequency", frequency, 1)
     _arguments.require_choice("basis", options.basis, ("previous", "current"))
-    _arguments.require_choice("refresh", options.refresh, ("qr", "eigh"))
+    methods = ("qr", "cholesky_qr", "eigh")
+    _arguments.require_choice("refresh", options.refresh, methods)
+    if options.refresh_tolerance is not None:
+        _arguments.require_number("refresh_tolerance", options.refresh_tolerance, 0, 1)
     initial = ("eigh", "identity")
     _arguments.require_choice("initial_basis", options.initial_basis, initial)
     _arguments.require_precision("precision", options.precision)

@@ -9,7 +9,8 @@ M_i, eigenbasis Q_i and eigenvalue estimates e_i:
     follow         e_i <- (1 - w) e_i + w diag(G'_(i) G'_(i)^T)
     damp           G' with the numerically null directions of each M_i taken out
     clip_rms       blocks of G' scaled down to a root mean square
-    refresh        Q_i <- orthonormal columns nearer to the eigenvectors of M_i
+    power_step     M_i Q_i, whose columns are nearly multiples of those of Q_i
+    orthonormalize Q_i <- those columns, in the order of their sizes, orthonormal
     change_basis   G' x_1 (Q_1^T Q_1^new)^T ...         (into the refreshed eigenbases)
 
 Arrays have the parameter's shape; its `Layout` says which axes form a factor and how
@@ -18,13 +19,14 @@ they are cut into blocks. Factors and eigenbases are `[grid…, b, b]`, eigenval
 Stabilizing Shampoo using Adam", https://arxiv.org/abs/2409.11321, Algorithms 3 and 4.
 """
 
-import functools
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental.layout import Layout as ArrayLayout
+from jax.experimental.layout import with_layout_constraint
 
 from soap_optax._layout import Layout, explicit_sharding
 
@@ -53,7 +55,8 @@ def accumulate(
 ) -> list[jax.Array | None]:
     """Moves each factor by `weight` towards the Gram matrix of the gradient.
 
-    A gradient that is not finite, or whose squares are not, leaves its factor alone.
+    A gradient that is not finite, or whose sum of squares is not in the dtype of the
+    factor, leaves it alone.
     """
 
     def one(factor: jax.Array | None, axis: int) -> jax.Array | None:
@@ -62,9 +65,10 @@ def accumulate(
         blocks = _blocks(gradient, factor, layout)
         gram = _gram(blocks, axis, layout.grid, precision)
         mean = _mean(factor.astype(gram.dtype), gram, weight).astype(factor.dtype)
-        # The entries of a semi-definite matrix are bounded by its trace.
-        sound = jnp.isfinite(jnp.trace(mean, axis1=-2, axis2=-1))[..., None, None]
-        return jnp.where(sound, mean, factor)
+        # The trace of the Gram matrix, which bounds its entries. False for NaN.
+        energy = _energy(blocks, layout)
+        sound = energy <= float(jnp.finfo(factor.dtype).max)
+        return jnp.where(sound[..., None, None], mean, factor)
 
     return [one(f, axis) for f, axis in zip(factors, layout.axes, strict=True)]
 
@@ -86,6 +90,23 @@ def project(
     return _multiply(array, eigenbases, layout, precision, back=False)
 
 
+def project_and_measure(
+    gradient: jax.Array, eigenbases: PerAxis, layout: Layout, precision: Any
+) -> tuple[jax.Array, list[jax.Array | None]]:
+    """The coordinates of a gradient, and the energy along each eigenvector.
+
+    The energy is the sum of squares at an index of an axis, `[grid…, b]`. Turning one
+    axis leaves those of the others as they are, so each is that of another array: XLA
+    reads each in one pass, where it would make an array of the squares of one.
+    """
+    energies: list[jax.Array | None] = []
+    for i, (axis, basis) in enumerate(zip(layout.axes, eigenbases, strict=True)):
+        gradient = project(gradient, _alone(basis, i, layout), layout, precision)
+        blocks = layout.to_blocks(gradient)
+        energies.append(None if basis is None else _energy(blocks, layout, axis))
+    return gradient, energies
+
+
 def project_back(
     array: jax.Array, eigenbases: PerAxis, layout: Layout, precision: Any
 ) -> jax.Array:
@@ -94,51 +115,56 @@ def project_back(
 
 
 def change_basis(
-    array: jax.Array, old: PerAxis, new: PerAxis, layout: Layout, precision: Any
-) -> jax.Array:
-    """Coordinates in the eigenbases `new` of what has coordinates `array` in `old`.
+    arrays: Sequence[jax.Array],
+    old: PerAxis,
+    new: PerAxis,
+    is_new: PerAxis,
+    layout: Layout,
+    precision: Any,
+) -> tuple[list[jax.Array], list[jax.Array | None]]:
+    """Coordinates in the eigenbases `new` of what has coordinates `arrays` in `old`.
 
-    Along an eigenbasis that stayed they stay, to the bit (at full precision).
+    The new ones are given as rows; where they are not `is_new`, `[grid…]`, coordinates
+    stay, to the bit.
+
+    Returns:
+      The coordinates, and `is_new` without the blocks that would not stay finite, which
+      stay as they are.
     """
-
-    def rotation(q: jax.Array | None, q_new: jax.Array | None) -> jax.Array | None:
-        if q is None or q_new is None:
-            return None
-        q, q_new = (_at_least_float32(x) for x in (q, q_new))
-        turn = jnp.einsum("...ki,...kj->...ij", q, q_new, precision=precision)
-        stayed = jnp.all(q == q_new, axis=(-2, -1), keepdims=True)
-        identity = jnp.broadcast_to(jnp.eye(q.shape[-1], dtype=turn.dtype), turn.shape)
-        return jnp.where(stayed, identity, turn)
-
-    rotations = [rotation(*pair) for pair in zip(old, new, strict=True)]
-    return project(array, rotations, layout, precision)
+    arrays, taken = list(arrays), list(is_new)
+    for i, (q, rows, take) in enumerate(zip(old, new, is_new, strict=True)):
+        if q is not None and rows is not None and take is not None:
+            turned = []
+            for array in arrays:
+                parameter = project_back(array, _alone(q, i, layout), layout, precision)
+                turned.append(
+                    project_back(parameter, _alone(rows, i, layout), layout, precision)
+                )
+                was_finite = _is_finite(array, layout)
+                take &= _is_finite(turned[-1], layout) | ~was_finite
+            arrays = [
+                _where_blocks(take, *pair, layout)
+                for pair in zip(turned, arrays, strict=True)
+            ]
+            taken[i] = take
+    return arrays, taken
 
 
 def follow(
-    eigenvalues: PerAxis,
-    projected: jax.Array,
-    layout: Layout,
-    weight: jax.typing.ArrayLike,
+    eigenvalues: PerAxis, energies: PerAxis, weight: jax.typing.ArrayLike
 ) -> list[jax.Array | None]:
     """Moves the eigenvalue estimates by `weight` towards the gradient's energies.
 
     While the eigenbases stay, they follow the Rayleigh quotients of the factors so.
     """
 
-    def one(eigenvalue: jax.Array | None, axis: int) -> jax.Array | None:
-        if eigenvalue is None:
+    def one(eigenvalue: jax.Array | None, energy: jax.Array | None) -> Any:
+        if eigenvalue is None or energy is None:
             return None
-        squares = jnp.square(_blocks(projected, eigenvalue, layout))
-        kept = sorted((*layout.grid, axis))
-        energy = jnp.sum(squares, [d for d in range(squares.ndim) if d not in kept])
-        energy = jnp.moveaxis(energy, kept.index(axis), -1)
-        sharding = explicit_sharding(squares, [*layout.grid, None])
-        if sharding is not None:
-            energy = jax.sharding.reshard(energy, sharding)
         mean = _mean(eigenvalue.astype(energy.dtype), energy, weight)
         return jnp.where(jnp.isfinite(mean), mean.astype(eigenvalue.dtype), eigenvalue)
 
-    return [one(e, axis) for e, axis in zip(eigenvalues, layout.axes, strict=True)]
+    return [one(*of_axis) for of_axis in zip(eigenvalues, energies, strict=True)]
 
 
 def damp(
@@ -155,9 +181,11 @@ def damp(
         rcond = 0.01 * float(jnp.finfo(_at_least_float32(array).dtype).eps)
     if isinstance(rcond, (int, float)) and rcond == 0:
         return array
+    if all(eigenvalue is None for eigenvalue in eigenvalues):
+        return array
+    blocks = layout.to_blocks(array)
     for eigenvalue, axis in zip(eigenvalues, layout.axes, strict=True):
         if eigenvalue is not None:
-            blocks = layout.to_blocks(array)
             largest = jnp.max(eigenvalue, axis=-1, keepdims=True)
             inverse = jnp.where(eigenvalue > 0, largest / eigenvalue, jnp.inf)
             share = 1 / (1 + (rcond * inverse) ** 2)
@@ -165,9 +193,8 @@ def damp(
             kept = sorted((*layout.grid, axis))
             share = jnp.moveaxis(share, -1, kept.index(axis)).astype(blocks.dtype)
             others = [d for d in range(blocks.ndim) if d not in kept]
-            damped = blocks * jnp.expand_dims(share, others)
-            array = layout.from_blocks(damped, array)
-    return array
+            blocks = blocks * jnp.expand_dims(share, others)
+    return layout.from_blocks(blocks, array)
 
 
 def clip_rms(
@@ -176,50 +203,185 @@ def clip_rms(
     """Scales the blocks whose root mean square exceeds `limit` down to it."""
     blocks = layout.to_blocks(_at_least_float32(array))
     within = [d for d in range(blocks.ndim) if d not in layout.grid]
-    largest = jnp.max(jnp.abs(blocks), within, keepdims=True)
-    unit = blocks / jnp.where(largest > 0, largest, 1)  # whose squares do not overflow
-    rms = largest * jnp.sqrt(jnp.mean(jnp.square(unit), within, keepdims=True))
     limit = jnp.asarray(limit, blocks.dtype)
-    clipped = layout.from_blocks(blocks * (limit / jnp.maximum(rms, limit)), array)
+    # Squares of this multiple of the limit are far from underflow, and farther still
+    # from overflow.
+    unit = 2.0**13 * float(jnp.finfo(blocks.dtype).tiny) ** 0.5
+    squares = jnp.square(blocks * (unit / limit))
+    excess = jnp.sqrt(jnp.mean(squares, within, keepdims=True)) / unit
+    clipped = layout.from_blocks(blocks / jnp.maximum(excess, 1), array)
     return clipped.astype(array.dtype)
 
 
-def refresh(
+class PowerStep(NamedTuple):
+    """The power step M Q of a factor M and its eigenbasis Q, and its eigenvalues.
+
+    Attributes:
+      rows: M Q, transposed, over the largest Rayleigh quotient, `[..., b, b]`; where a
+        quotient is round-off, the column of Q.
+      quotients: the Rayleigh quotients of the columns of Q, over the largest, 0 where
+        they are round-off, `[..., b]`.
+      largest: of the quotients, or 1 where all are zero, `[..., 1]`.
+      off_diagonal: norm of the off-diagonal part of Q^T M Q over that of M, `[...]`.
+    """
+
+    rows: jax.Array
+    quotients: jax.Array
+    largest: jax.Array
+    off_diagonal: jax.Array
+
+
+def power_step(
     factor: jax.Array,
     eigenbasis: jax.Array,
-    eigenvalues: jax.Array,
-    method: Literal["qr", "eigh"],
     precision: Any,
-) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """A better eigenbasis of `factor`, its columns in the order of the old one's.
-
-    With P = M Q, the Rayleigh quotients diag(Q^T P) rank the columns. The ranked new
-    columns, from one power step (`"qr"`: P = Q R) or from a decomposition (`"eigh"`),
-    go back to where the old column of the same rank stood: a coordinate keeps its
-    identity, so statistics that are kept per coordinate stay valid. Numerically null
-    directions, where new columns would be round-off, keep the old ones. If the
-    decomposition fails, all stays as it was.
+    is_first: jax.typing.ArrayLike = False,
+) -> PowerStep:
+    """Takes the power step M Q, whose columns are nearly multiples of those of Q.
 
     Args:
       factor: symmetric positive semi-definite, `[..., b, b]`.
       eigenbasis: orthonormal columns, `[..., b, b]`.
-      eigenvalues: their estimates until now, `[..., b]`.
-      method: `"qr"` or `"eigh"`.
       precision: of the product M Q.
+      is_first: whether Q is the identity, and `rows` shall be M, to be decomposed.
+    """
+    matrix, basis = _at_least_float32(factor), _at_least_float32(eigenbasis)
+    products = jnp.einsum("...ki,...kl->...il", basis, matrix, precision=precision)
+    basis = _transposed(basis)
+    quotients = jnp.sum(basis * products, axis=-1)
+    largest = _largest(quotients)
+    quotients, products = quotients / largest, products / largest[..., None]
+    is_null = quotients <= _null_share(matrix)
+    quotients = jnp.where(is_null, 0, quotients)
+    norm = _norm(products)
+    residual = _norm(products - quotients[..., None] * basis)
+    return PowerStep(
+        rows=jnp.where(is_null[..., None] & ~jnp.asarray(is_first), basis, products),
+        quotients=quotients,
+        largest=largest,
+        off_diagonal=residual / jnp.where(norm > 0, norm, 1),
+    )
+
+
+def orthonormalize(
+    rows: jax.Array,
+    quotients: jax.Array,
+    *,
+    by_cholesky: bool,
+    decomposed: jax.Array | bool = False,
+) -> tuple[jax.Array, jax.Array]:
+    """Makes the rows `[..., b, b]` orthonormal, in the order of descending quotients.
+
+    They come back where they stood: a coordinate keeps its identity, and statistics
+    that are kept per coordinate stay valid.
+
+    Args:
+      rows: those of a `PowerStep`.
+      quotients: its quotients.
+      by_cholesky: whether by Cholesky's method in place of Householder's.
+      decomposed: whether the rows are the factor M, and its eigenvectors, in the order
+        of their eigenvalues, are wanted.
 
     Returns:
-      The new `eigenbasis` and `eigenvalues`, in the shapes and dtypes of the old, and
-      1 if the decomposition failed, else 0, int32 `[..., 1]`.
+      The orthonormal rows, and the size of the part of each that is orthogonal to those
+      before it, `[..., b]`, 0 where that is round-off.
     """
-    run = functools.partial(_refresh, method=method, precision=precision)
-    shardings = (
-        explicit_sharding(eigenbasis, range(factor.ndim)),
-        explicit_sharding(eigenvalues, range(factor.ndim - 1)),
-        explicit_sharding(eigenvalues, [*range(factor.ndim - 2), None]),
-    )
-    if shardings[0] is not None:  # for decompositions JAX has no rules of sharding
-        run = jax.sharding.auto_axes(run, out_sharding=shardings)
-    return run(factor, eigenbasis, eigenvalues)
+    order = jnp.argsort(quotients, axis=-1, descending=True)
+    operands = (rows, quotients, order)
+    if decomposed is False:
+        ordered, is_null = _sorted(*operands)
+    elif decomposed is True:
+        ordered, is_null = _eigenvectors(*operands)
+    else:
+        ordered, is_null = jax.lax.cond(decomposed, _eigenvectors, _sorted, *operands)
+    ordered, sizes = (_cholesky if by_cholesky else _householder)(ordered)
+    place = jnp.argsort(order, axis=-1)
+    sizes = jnp.take_along_axis(jnp.where(is_null, 0, sizes), place, axis=-1)
+    return _take_rows(ordered, place), sizes
+
+
+def _sorted(
+    rows: jax.Array, quotients: jax.Array, order: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """Rows in an order, and whether their quotients are 0."""
+    return _take_rows(rows, order), jnp.take_along_axis(quotients, order, axis=-1) <= 0
+
+
+def _eigenvectors(
+    matrix: jax.Array, _: jax.Array, order: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """Eigenvectors as rows, times their eigenvalues, in descending order.
+
+    Numerically null ones, which would be chosen by round-off, are left to those of the
+    identity that will stand in their place.
+    """
+    values, vectors = (x[..., ::-1] for x in jnp.linalg.eigh(matrix))
+    is_null = values <= _null_share(matrix) * values[..., :1]
+    columns = jnp.arange(order.shape[-1], dtype=order.dtype)
+    columns = jnp.broadcast_to(columns, matrix.shape)
+    identity = (order[..., None] == columns).astype(matrix.dtype)
+    rows = _transposed(vectors) * values[..., None]
+    return jnp.where(is_null[..., None], identity, rows), is_null
+
+
+def _householder(rows: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Orthonormalizes rows by a QR decomposition; the signs keep them nearest."""
+    columns, triangle = jnp.linalg.qr(_transposed(rows))
+    sizes = jnp.diagonal(triangle, axis1=-2, axis2=-1)
+    signs = jnp.where(sizes < 0, -1, 1).astype(sizes.dtype)
+    return _transposed(columns) * signs[..., None], jnp.abs(sizes)
+
+
+def _cholesky(rows: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """`_householder`, nearly always, from products of matrices: Cholesky-QR, repeated.
+
+    With the factorization X X^T = L L^T the rows of L^-1 X are orthonormal, up to
+    round-off times the squared condition number of X. While that is large, a multiple
+    of the identity is added to X X^T, so that it has a factorization: each such pass
+    divides the condition number by some hundreds. The pass after which X is
+    orthonormal up to round-off is the last. Where none is, the result is not
+    orthonormal, or not finite. See Fukaya et al., "Shifted Cholesky QR for computing
+    the QR factorization of ill-conditioned matrices", arXiv 1809.11085.
+    """
+    eps = float(jnp.finfo(rows.dtype).eps)
+    identity = jnp.broadcast_to(jnp.eye(rows.shape[-1], dtype=rows.dtype), rows.shape)
+
+    def is_far(carry: Any) -> jax.Array:
+        _, _, distance, passes = carry
+        return (passes < 6) & jnp.any(distance > 0.5)
+
+    def improve(carry: Any) -> Any:
+        rows, sizes, _, passes = carry
+        gram = jnp.matmul(rows, _transposed(rows), precision="highest")
+        distance = _norm(gram - identity)
+        shift = jnp.where(distance > 0.5, 4 * eps * _norm(gram), 0)
+        triangle = jnp.linalg.cholesky(gram + shift[..., None, None] * identity)
+        rows = jax.lax.linalg.triangular_solve(
+            triangle, rows, left_side=True, lower=True
+        )
+        sizes = sizes * jnp.diagonal(triangle, axis1=-2, axis2=-1)
+        return rows, sizes, distance, passes + 1
+
+    sizes = jnp.sqrt(jnp.sum(jnp.square(rows), axis=-1))
+    rows = rows / jnp.where(sizes > 0, sizes, 1)[..., None]
+    start = (rows, sizes, jnp.full(rows.shape[:-2], jnp.inf, rows.dtype), 0)
+    rows, sizes, *_ = jax.lax.while_loop(is_far, improve, start)
+    return rows, sizes
+
+
+def adopt(
+    rows: jax.Array, eigenbasis: jax.Array, is_new: jax.Array, *, overwrite: bool
+) -> jax.Array:
+    """The eigenbasis with the columns `rows`, or, where not `is_new`, as it was.
+
+    To `overwrite` the old one, XLA has to be told that the layout in memory stays.
+    """
+    columns = _transposed(rows)
+    if overwrite:
+        row_major = ArrayLayout(tuple(range(rows.ndim)))
+        columns = with_layout_constraint(columns, row_major)
+    columns = columns.astype(eigenbasis.dtype)
+    return jnp.where(is_new[..., None, None], columns, eigenbasis)
 
 
 def is_orthonormal(matrix: jax.Array) -> jax.Array:
@@ -228,51 +390,12 @@ def is_orthonormal(matrix: jax.Array) -> jax.Array:
     Tried on one vector v of random signs: Q^T Q v = v.
     """
     signs = np.random.default_rng(0).choice([-1.0, 1.0], matrix.shape[-1])
-    vector = jnp.broadcast_to(jnp.asarray(signs, matrix.dtype), matrix.shape)
-    # Sums, because products of matrices may have less precision.
-    product = jnp.sum(matrix * vector, axis=-1, keepdims=True)
-    residual = jnp.sum(matrix * product, axis=-2) - vector[..., 0, :]
+    vector = jnp.broadcast_to(jnp.asarray(signs, matrix.dtype), matrix.shape[:-1])
+    product = jnp.einsum("...ij,...j->...i", matrix, vector, precision="highest")
+    again = jnp.einsum("...ij,...i->...j", matrix, product, precision="highest")
+    residual = again - vector
     tolerance = 1e4 * float(jnp.finfo(matrix.dtype).eps)
     return jnp.all(jnp.abs(residual) <= tolerance, axis=-1)
-
-
-def _refresh(
-    factor: jax.Array,
-    eigenbasis: jax.Array,
-    eigenvalues: jax.Array,
-    *,
-    method: str,
-    precision: Any,
-) -> tuple[jax.Array, jax.Array, jax.Array]:
-    matrix, basis = _at_least_float32(factor), _at_least_float32(eigenbasis)
-    products = jnp.matmul(matrix, basis, precision=precision)
-    quotients = jnp.sum(basis * products, axis=-2)
-    rank = jnp.argsort(quotients, axis=-1, descending=True)
-    if method == "eigh":
-        estimates, vectors = (x[..., ::-1] for x in jnp.linalg.eigh(matrix))
-        columns = vectors * estimates[..., None, :]
-    else:
-        estimates = jnp.take_along_axis(quotients, rank, axis=-1)
-        columns = _take_columns(products, rank)
-    largest = _largest(estimates)
-    is_null = estimates <= _null_share(matrix) * largest
-    columns = jnp.where(
-        is_null[..., None, :],
-        _take_columns(basis, rank),
-        columns / largest[..., None],
-    )
-    orthonormal, triangle = jnp.linalg.qr(columns)
-    scales = jnp.abs(jnp.diagonal(triangle, axis1=-2, axis2=-1))
-    scales = jnp.where(is_null, 0, scales * largest)
-    place = jnp.argsort(rank, axis=-1)
-    new = _take_columns(orthonormal, place).astype(eigenbasis.dtype)
-    scales = jnp.take_along_axis(scales, place, axis=-1).astype(eigenvalues.dtype)
-    sound = is_orthonormal(orthonormal)
-    return (
-        jnp.where(sound[..., None, None], new, eigenbasis),
-        jnp.where(sound[..., None], scales, eigenvalues),
-        (~sound).astype(jnp.int32)[..., None],
-    )
 
 
 def quality(
@@ -326,8 +449,34 @@ def _null_share(matrix: jax.Array) -> float:
     return 10 * float(jnp.finfo(matrix.dtype).eps)
 
 
-def _take_columns(matrix: jax.Array, indices: jax.Array) -> jax.Array:
-    return jnp.take_along_axis(matrix, indices[..., None, :], axis=-1)
+def _take_rows(matrix: jax.Array, indices: jax.Array) -> jax.Array:
+    return jnp.take_along_axis(matrix, indices[..., None], axis=-2)
+
+
+def _transposed(matrix: jax.Array) -> jax.Array:
+    return jnp.swapaxes(matrix, -2, -1)
+
+
+def _is_finite(array: jax.Array, layout: Layout) -> jax.Array:
+    """Whether the sum of each block is finite, `[grid…]`."""
+    blocks = layout.to_blocks(array)
+    within = [d for d in range(blocks.ndim) if d not in layout.grid]
+    return jnp.isfinite(jnp.sum(blocks, within))
+
+
+def _alone(matrix: jax.Array | None, index: int, layout: Layout) -> PerAxis:
+    """One axis with a matrix, the others with the identity."""
+    return [matrix if i == index else None for i in range(len(layout.axes))]
+
+
+def _where_blocks(
+    mask: jax.Array, array: jax.Array, other: jax.Array, layout: Layout
+) -> jax.Array:
+    """Blocks of `array` where the mask `[grid…]` is true, else of `other`."""
+    blocks = layout.to_blocks(array)
+    within = [d for d in range(blocks.ndim) if d not in layout.grid]
+    chosen = jnp.where(jnp.expand_dims(mask, within), blocks, layout.to_blocks(other))
+    return layout.from_blocks(chosen, array)
 
 
 def _mean(old: jax.Array, new: jax.Array, weight: jax.typing.ArrayLike) -> jax.Array:
@@ -347,6 +496,23 @@ def _blocks(array: jax.Array, like: jax.Array, layout: Layout) -> jax.Array:
     """The blocks of `array`, in the dtype of computing with it and `like`."""
     dtype = _widest(jnp.float32, array.dtype, like.dtype)
     return layout.to_blocks(array.astype(dtype))
+
+
+def _energy(blocks: jax.Array, layout: Layout, axis: int | None = None) -> jax.Array:
+    """The sum of the squares of each block, or of each index of an axis of it.
+
+    `[grid…]` or `[grid…, b]`. Written as a product of matrices, which XLA on CPU
+    computes in one pass, without an array of squares.
+    """
+    every = list(range(blocks.ndim))
+    kept = [*layout.grid] if axis is None else [*layout.grid, axis]
+    return jnp.einsum(
+        *(blocks, every, blocks, every, kept),
+        precision=jax.lax.Precision.HIGHEST,
+        out_sharding=explicit_sharding(
+            blocks, [*layout.grid] if axis is None else [*layout.grid, None]
+        ),
+    )
 
 
 def _gram(

@@ -27,7 +27,9 @@ def soap(
     block_size: int | None = None,
     dimension_numbers: Any = None,
     basis: Literal["previous", "current"] = "previous",
-    refresh: Literal["qr", "eigh"] = "qr",
+    refresh: Literal["qr", "cholesky_qr", "eigh"] = "qr",
+    refresh_tolerance: jax.typing.ArrayLike | None = None,
+    stagger: bool = False,
     initial_basis: Literal["eigh", "identity"] = "eigh",
     mu_dtype: jax.typing.DTypeLike | None = None,
     precond_dtype: jax.typing.DTypeLike | None = None,
@@ -91,7 +93,16 @@ def soap(
         gradients before it, and the first step only builds the basis (its update is
         zero but for weight decay). `"current"`: factors, bias-corrected, and basis take
         in each gradient before it is rotated, and the first step is a real one.
-      refresh: `"qr"`, as published, or `"eigh"`, a decomposition at every refresh.
+      refresh: `"qr"`, as published, one power step and a QR decomposition;
+        `"cholesky_qr"`, the same up to round-off from products of matrices, for GPU and
+        TPU (where it fails, the QR decomposition follows); or `"eigh"`, a decomposition
+        at every refresh.
+      refresh_tolerance: in [0, 1), skip the refresh of an eigenbasis Q of a factor M
+        while the norm of the off-diagonal part of Q^T M Q is at most this share of the
+        norm of M, as in arXiv 2506.03595. None: skip none.
+      stagger: whether to refresh about 1/f of the parameters at each step, balanced by
+        cost, each at every f-th step, instead of all at once. All are refreshed at the
+        first step. `precondition_frequency` must be an integer then, and static.
       initial_basis: `"eigh"`, as published, or `"identity"`: the first step refreshes
         the identity by `refresh`, so that with `"qr"` no `eigh` is in the program.
       mu_dtype: dtype of the stored first moment; None: that of the computation, float32
@@ -151,6 +162,8 @@ def soap(
             dimension_numbers=dimension_numbers,
             basis=basis,
             refresh=refresh,
+            refresh_tolerance=refresh_tolerance,
+            stagger=stagger,
             initial_basis=initial_basis,
             mu_dtype=mu_dtype,
             precond_dtype=precond_dtype,
@@ -177,7 +190,9 @@ def scale_by_soap(
     block_size: int | None = None,
     dimension_numbers: Any = None,
     basis: Literal["previous", "current"] = "previous",
-    refresh: Literal["qr", "eigh"] = "qr",
+    refresh: Literal["qr", "cholesky_qr", "eigh"] = "qr",
+    refresh_tolerance: jax.typing.ArrayLike | None = None,
+    stagger: bool = False,
     initial_basis: Literal["eigh", "identity"] = "eigh",
     mu_dtype: jax.typing.DTypeLike | None = None,
     precond_dtype: jax.typing.DTypeLike | None = None,
@@ -216,6 +231,8 @@ def scale_by_soap(
         dimension_numbers=dimension_numbers,
         basis=basis,
         refresh=refresh,
+        refresh_tolerance=refresh_tolerance,
+        stagger=stagger,
         initial_basis=initial_basis,
         mu_dtype=mu_dtype,
         precond_dtype=precond_dtype,

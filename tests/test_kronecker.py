@@ -4,9 +4,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import training
 
 from soap_optax import _kronecker
 from soap_optax._layout import make_layout
+
+TRUE = np.array(True)
 
 
 @pytest.fixture(autouse=True)
@@ -68,7 +71,10 @@ def test_change_basis_is_back_and_there():
     plan, array = layout(4, 3), normal(4, 3)
     old = [orthogonal(4, 1), orthogonal(3, 2)]
     new = [orthogonal(4, 3), orthogonal(3, 4)]
-    changed = _kronecker.change_basis(array, old, new, plan, None)
+    rows = [q.T for q in new]
+    (changed,), _ = _kronecker.change_basis(
+        [array], old, rows, [TRUE, TRUE], plan, None
+    )
     parameter = _kronecker.project_back(array, old, plan, None)
     expected = _kronecker.project(parameter, new, plan, None)
     np.testing.assert_allclose(changed, expected, atol=1e-14)
@@ -77,11 +83,13 @@ def test_change_basis_is_back_and_there():
 def test_follow_gives_the_rayleigh_quotients():
     plan, gradient = layout(4, 3), normal(4, 3)
     bases = [orthogonal(4), orthogonal(3)]
-    zeros = [jnp.zeros(4), jnp.zeros(3)]
-    projected = _kronecker.project(gradient, bases, plan, None)
-    energies = _kronecker.follow(zeros, projected, plan, 0.5)
+    coordinates, energies = _kronecker.project_and_measure(gradient, bases, plan, None)
+    np.testing.assert_array_equal(
+        coordinates, _kronecker.project(gradient, bases, plan, None)
+    )
+    followed = _kronecker.follow([jnp.zeros(4), jnp.zeros(3)], energies, 0.5)
     factors = [0.5 * gradient @ gradient.T, 0.5 * gradient.T @ gradient]
-    for energy, factor, q in zip(energies, factors, bases, strict=True):
+    for energy, factor, q in zip(followed, factors, bases, strict=True):
         np.testing.assert_allclose(energy, np.diag(q.T @ factor @ q), rtol=1e-12)
 
 
@@ -163,15 +171,36 @@ def test_change_basis_leaves_what_stays(dtype):
     """Bit for bit, also if the columns are orthonormal to three digits only."""
     plan, array = layout(4, 3), normal(4, 3)
     old = [orthogonal(4, 1).astype(dtype), orthogonal(3, 2).astype(dtype)]
-    changed = _kronecker.change_basis(array, old, list(old), plan, "highest")
+    new = [orthogonal(4, 3).astype(dtype), orthogonal(3, 4).astype(dtype)]
+    (changed,), taken = _kronecker.change_basis(
+        [array], old, new, [~TRUE, ~TRUE], plan, "highest"
+    )
     np.testing.assert_array_equal(changed, array)
+    assert not any(taken)
+
+
+def test_change_basis_takes_nothing_that_would_not_stay_finite():
+    plan, array = layout(4, 3), normal(4, 3)
+    old = [orthogonal(4, 1), orthogonal(3, 2)]
+    broken = [jnp.full((4, 4), jnp.inf), orthogonal(3, 4).T]
+    (changed, other), taken = _kronecker.change_basis(
+        [array, 2 * array], old, broken, [TRUE, TRUE], plan, None
+    )
+    assert [bool(t) for t in taken] == [False, True]
+    expected = _kronecker.project(
+        _kronecker.project_back(array, [None, old[1]], plan, None),
+        [None, broken[1].T],
+        *(plan, None),
+    )
+    np.testing.assert_allclose(changed, expected, atol=1e-14)
+    np.testing.assert_allclose(other, 2 * expected, atol=1e-14)
 
 
 def refresh(factor, basis, method, precision):
     zeros = jnp.zeros(
         factor.shape[:-1], factor.dtype if factor.dtype == jnp.float64 else jnp.float32
     )
-    return _kronecker.refresh(factor, basis, zeros, method, precision)[:2]
+    return training.refresh(factor, basis, zeros, method, precision)[:2]
 
 
 def spectrum_and_basis(size):
@@ -180,7 +209,7 @@ def spectrum_and_basis(size):
     return basis @ jnp.diag(jnp.asarray(values)) @ basis.T, basis, values
 
 
-@pytest.mark.parametrize("method", ["qr", "eigh"])
+@pytest.mark.parametrize("method", ["qr", "cholesky_qr", "eigh"])
 def test_refresh_keeps_the_identity_of_coordinates(method):
     factor, basis, values = spectrum_and_basis(6)
     shuffle = np.random.default_rng(0).permutation(6)
@@ -202,7 +231,7 @@ def test_qr_refreshes_converge_to_the_eigenbasis():
     np.testing.assert_allclose(np.sort(eigenvalues), values, rtol=1e-9)
 
 
-@pytest.mark.parametrize("method", ["qr", "eigh"])
+@pytest.mark.parametrize("method", ["qr", "cholesky_qr", "eigh"])
 def test_refresh_of_a_batch_is_the_refresh_of_each(method):
     rows = normal(3, 5, 8)
     factors = rows @ rows.transpose(0, 2, 1)
@@ -214,7 +243,7 @@ def test_refresh_of_a_batch_is_the_refresh_of_each(method):
             np.testing.assert_allclose(batch[i], one, atol=1e-13)
 
 
-@pytest.mark.parametrize("method", ["qr", "eigh"])
+@pytest.mark.parametrize("method", ["qr", "cholesky_qr", "eigh"])
 def test_refresh_of_zero_and_of_bfloat16(method):
     new, eigenvalues = refresh(jnp.zeros((4, 4)), jnp.eye(4), method, None)
     np.testing.assert_allclose(new.T @ new, np.eye(4), atol=1e-15)
@@ -225,12 +254,12 @@ def test_refresh_of_zero_and_of_bfloat16(method):
     assert eigenvalues.dtype == jnp.float32
 
 
-@pytest.mark.parametrize("method", ["qr", "eigh"])
+@pytest.mark.parametrize("method", ["qr", "cholesky_qr", "eigh"])
 def test_a_refresh_that_fails_changes_nothing(method):
     basis, eigenvalues = jnp.eye(4)[None], jnp.arange(4.0)[None]
     factors = jnp.stack([jnp.full((4, 4), jnp.inf), jnp.diag(jnp.arange(1.0, 5))])
     bases, values = (jnp.concatenate([x, x]) for x in (basis, eigenvalues))
-    new, after, failed = _kronecker.refresh(factors, bases, values, method, None)
+    new, after, failed = training.refresh(factors, bases, values, method, None)
     assert failed.tolist() == [[1], [0]]
     np.testing.assert_array_equal(new[0], basis[0])
     np.testing.assert_array_equal(after[0], eigenvalues[0])

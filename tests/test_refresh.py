@@ -4,11 +4,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-
-from soap_optax import _kronecker
+import training
 
 SIZE = 12
-METHODS = ["qr", "eigh"]
+METHODS = ["qr", "cholesky_qr", "eigh"]
 DTYPES = ["float32", "float64"]
 
 
@@ -45,7 +44,7 @@ def refreshed(method, dtype, times=1):
     matrices = factors(dtype)
     bases = jnp.broadcast_to(jnp.asarray(orthogonal(2), dtype), matrices.shape)
     values = jnp.zeros(matrices.shape[:-1], dtype)
-    refresh = jax.jit(_kronecker.refresh, static_argnums=(3, 4))
+    refresh = jax.jit(training.refresh, static_argnums=(3, 4))
     for _ in range(times):
         bases, values, failed = refresh(matrices, bases, values, method, "highest")
         assert not failed.any()
@@ -71,7 +70,7 @@ def test_deterministic_and_as_if_alone(method, dtype):
     np.testing.assert_array_equal(bases, again)
     np.testing.assert_array_equal(values, again_values)
     matrices, start = factors(dtype), jnp.asarray(orthogonal(2), dtype)
-    alone = _kronecker.refresh(
+    alone = training.refresh(
         matrices[0, 0], start, jnp.zeros(SIZE, dtype), method, "highest"
     )
     tolerance = 100 * float(jnp.finfo(dtype).eps)
@@ -113,9 +112,7 @@ def test_what_fails_stays_in_a_batch(method):
     matrices = matrices.at[0, 0].set(bad).at[1, 1].set(jnp.inf)
     start = jnp.broadcast_to(jnp.asarray(orthogonal(2), "float32"), matrices.shape)
     values = jnp.ones(matrices.shape[:-1], jnp.float32)
-    bases, after, failed = _kronecker.refresh(
-        matrices, start, values, method, "highest"
-    )
+    bases, after, failed = training.refresh(matrices, start, values, method, "highest")
     expected = np.zeros(matrices.shape[:2], bool)
     expected[0, 0] = expected[1, 1] = True
     np.testing.assert_array_equal(failed[..., 0], expected)

@@ -13,9 +13,10 @@ ROOMS = {
     "_layout": set(),
     "_kronecker": {"_layout"},
     "_tree": {"_arguments", "_layout"},
-    "_eigenbasis": {"_arguments", "_kronecker", "_layout", "_tree"},
+    "_refresh": {"_kronecker", "_layout"},
+    "_eigenbasis": {"_arguments", "_kronecker", "_layout", "_refresh", "_tree"},
     "_soap": {"_arguments", "_eigenbasis"},
-    "_diagnostics": {"_arguments", "_eigenbasis", "_kronecker"},
+    "_diagnostics": {"_arguments", "_eigenbasis", "_kronecker", "_refresh"},
     "__init__": {"_diagnostics", "_eigenbasis", "_layout", "_soap"},
 }
 OUTSIDE = {

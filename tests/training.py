@@ -1,8 +1,10 @@
-"""Random gradients, and the state of a transformation after some of them."""
+"""Random gradients, the state of a transformation after some of them, and a refresh."""
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+
+from soap_optax import _kronecker, _refresh
 
 
 def normal(*shape, seed=0, dtype=np.float32):
@@ -18,3 +20,16 @@ def trained(tx, params, steps=5, dtype=np.float32):
         )
         _, state = update(grads, state, params)
     return state
+
+
+def refresh(factor, basis, eigenvalues, method, precision):
+    """The eigenbasis and eigenvalues after a refresh, and whether it failed."""
+    new = _refresh.refresh_one(
+        factor, basis, _refresh.Method(method, precision=precision)
+    )
+    values = new.eigenvalues.astype(eigenvalues.dtype)
+    return (
+        _kronecker.adopt(new.rows, basis, new.is_new, overwrite=False),
+        jnp.where(new.is_new[..., None], values, eigenvalues),
+        (~new.is_new).astype(jnp.int32)[..., None],
+    )

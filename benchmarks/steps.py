@@ -1,0 +1,547 @@
+"""Times and memory of optimizer steps beside the products no SOAP step can do without.
+
+    python benchmarks/steps.py                       # width 384, 4 layers
+    python benchmarks/steps.py --preset 24-layers --rows soap
+    python benchmarks/steps.py --preset 360m --parts steps refreshes training  # GPU
+
+For each optimizer: medians of a step without refresh and of what a refresh adds, mean
+and 99th percentile over cycles, compilation, program and memory. Each step is timed in
+turn with the six bare products, so that a ratio holds where the machine's speed drifts.
+Writes a table, CSV files and plots. Needs nothing but the package and its examples.
+"""
+
+import collections
+import contextlib
+import csv
+import dataclasses
+import functools
+import os
+import platform
+import re
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import jax
+import jax.numpy as jnp
+import matplotlib
+import numpy as np
+import optax
+import tyro
+
+import soap_optax
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+
+HIGHEST = jax.lax.Precision.HIGHEST
+Tree = Any
+
+
+@dataclasses.dataclass(frozen=True)
+class Shape:
+    """A decoder-only transformer; its MLP is four times as wide."""
+
+    width: int
+    layers: int
+    vocab: int
+    head_dim: int = 64
+
+
+PRESETS = {
+    "default": Shape(384, 4, 256),
+    "24-layers": Shape(384, 24, 256),
+    "768x12": Shape(768, 12, 256),
+    "360m": Shape(1024, 24, 32128),
+    "660m": Shape(1408, 24, 32128),
+}
+
+soap = functools.partial(soap_optax.soap, 3e-3)
+IDENTITY = {"initial_basis": "identity"}  # no eigh in the program
+ROWS: dict[str, Callable[[], optax.GradientTransformation]] = {
+    "adamw": lambda: optax.adamw(3e-3),
+    "muon": lambda: optax.contrib.muon(3e-3),
+    "soap": soap,
+    "cholesky_qr": lambda: soap(refresh="cholesky_qr"),
+    "eigh": lambda: soap(refresh="eigh"),
+    "identity start": lambda: soap(**IDENTITY),
+    "blocks 512": lambda: soap(block_size=512),
+    "blocks 256": lambda: soap(block_size=256),
+    "staggered": lambda: soap(stagger=True),
+    "tolerance 0.1": lambda: soap(refresh_tolerance=0.1),
+    "one-sided": lambda: soap(one_sided=True),
+    "bf16 mu": lambda: soap(mu_dtype=jnp.bfloat16),
+    "bf16 factors": lambda: soap(precond_dtype=jnp.bfloat16),
+    "bf16 mu, factors, blocks 512": lambda: soap(
+        mu_dtype=jnp.bfloat16, precond_dtype=jnp.bfloat16, block_size=512
+    ),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Bench:
+    """What to measure."""
+
+    preset: str = "default"
+    rows: tuple[str, ...] = tuple(ROWS)
+    parts: tuple[str, ...] = ("steps", "refreshes", "compiling", "precisions")
+    cycles: int = 2
+    """Of f = 10 steps each, after one to warm up."""
+    out: Path = Path("runs/bench")
+    sequence: int = 256
+    """Tokens of a sequence, for the part `training`."""
+    batches: tuple[int, ...] = (2, 8, 32)
+    """Sequences of a step, for the part `training`."""
+
+
+# --- trees and programs --------------------------------------------------------------
+
+
+def shapes(shape: Shape) -> Tree:
+    """The shapes of the parameters of a transformer."""
+    width = shape.width
+    layer = {
+        **{name: (width, width) for name in ("query", "key", "value", "out")},
+        **{"mlp_in": (width, 4 * width), "mlp_out": (4 * width, width)},
+        **{name: (width,) for name in ("attention_norm", "mlp_norm")},
+    }
+    ends = {"embed": (shape.vocab, width), "unembed": (width, shape.vocab)}
+    return {**ends, "layers": [layer] * shape.layers, "norm": (width,)}
+
+
+def normal(shape: Shape, seed: int) -> Tree:
+    """Random gradients of a transformer, float32."""
+    is_shape = lambda node: isinstance(node, tuple)  # noqa: E731
+    leaves, treedef = jax.tree.flatten(shapes(shape), is_leaf=is_shape)
+    keys = jax.random.split(jax.random.key(seed), len(leaves))
+    arrays = [jax.random.normal(k, s) for k, s in zip(keys, leaves, strict=True)]
+    return treedef.unflatten(arrays)
+
+
+def nbytes(tree: Tree) -> int:
+    return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(tree))
+
+
+def seconds(function: Callable[..., Any], *args: Any) -> tuple[float, Any]:
+    start = time.perf_counter()
+    result = jax.block_until_ready(function(*args))
+    return time.perf_counter() - start, result
+
+
+def compiled(tx: optax.GradientTransformation, shape: Shape) -> tuple[float, Any]:
+    """Seconds to trace and compile a step, and the program, whose state is donated."""
+    params = jax.eval_shape(lambda: normal(shape, 0))
+    state = jax.eval_shape(tx.init, params)
+    step = jax.jit(
+        lambda state, grads, params: tx.update(grads, state, params)[::-1],
+        donate_argnums=0,
+    )
+    return seconds(lambda: step.lower(state, params, params).compile())
+
+
+def decompositions(program: Any) -> dict[str, int]:
+    """How many decompositions of each kind are in a program."""
+    names = re.findall(r'custom_call_target="([^"]+)"', program.as_text())
+    kinds = {"qr": "geqrf", "eigh": "syev", "cholesky": "potrf"}
+    count = lambda kind: sum(kind in name.lower() for name in names)  # noqa: E731
+    return {name: count(kind) for name, kind in kinds.items()}
+
+
+@functools.partial(jax.jit, static_argnames="axes")
+def bare_products(gradient: jax.Array, bases: tuple[Any, ...], axes: tuple[int, ...]):
+    """The products of a step with factors along `axes`: 2 there, 2 back, 2 factors."""
+    multiply = functools.partial(jnp.matmul, precision=HIGHEST)
+    array = gradient
+    for transposed in (True, False):
+        for axis, q in zip(axes, bases, strict=True):
+            matrix = q.T if transposed else q
+            array = multiply(matrix, array) if axis == 0 else multiply(array, matrix.T)
+    grams = [multiply(gradient, gradient.T), multiply(gradient.T, gradient)]
+    return array, [grams[axis] for axis in axes]
+
+
+def bare_step(shape: Shape, limit: int = 10_000) -> Callable[[], Any]:
+    """All bare products of a step, as one program."""
+    grads = [g for g in jax.tree.leaves(normal(shape, 0)) if g.ndim == 2]
+    axes = [tuple(a for a in range(2) if g.shape[a] <= limit) for g in grads]
+    bases = [
+        tuple(jnp.eye(g.shape[a]) for a in ax)
+        for g, ax in zip(grads, axes, strict=True)
+    ]
+    every = jax.jit(
+        lambda grads, bases: [
+            bare_products(*of_one) for of_one in zip(grads, bases, axes, strict=True)
+        ]
+    )
+    return functools.partial(every, grads, bases)
+
+
+# --- parts ---------------------------------------------------------------------------
+
+
+def steps(bench: Bench) -> Iterator[dict[str, Any]]:
+    """Steps of each optimizer, in turn with the bare products."""
+    shape = PRESETS[bench.preset]
+    bare = bare_step(shape)
+    jax.block_until_ready(bare())
+    for name in bench.rows:
+        tx = ROWS[name]()
+        compiling, program = compiled(tx, shape)
+        memory = program.memory_analysis()
+        params = normal(shape, 1)
+        state = jax.jit(tx.init)(params)
+        row = {
+            "optimizer": name,
+            "state_mb": nbytes(state) / 1e6,
+            "temporary_mb": memory.temp_size_in_bytes / 1e6,
+            "temporary_share": memory.temp_size_in_bytes / nbytes(state),
+            "program_mb": memory.generated_code_size_in_bytes / 1e6
+            or len(program.as_text()) / 1e6,
+            "compile_s": compiling,
+            **decompositions(program),
+        }
+        times: list[float] = []
+        products: list[float] = []
+        gradients = [normal(shape, seed) for seed in range(2, 4)]
+        for count in range(10 * (bench.cycles + 1)):
+            spent, (state, _) = seconds(program, state, gradients[count % 2], params)
+            times.append(spent)
+            products.append(seconds(bare)[0])
+        yield {**row, **timings(times, products)}
+
+
+def timings(times: list[float], products: list[float]) -> dict[str, float]:
+    """Figures of the cycles after the first."""
+    after, bound = np.array(times[10:]), float(np.median(products[10:]))
+    is_refresh = np.arange(len(after)) % 10 == 0
+    step = float(np.median(after[~is_refresh]))
+    return {
+        "bare_ms": 1e3 * bound,
+        "step_ms": 1e3 * step,
+        "step_over_bare": step / bound,
+        "refresh_ms": 1e3 * (float(np.median(after[is_refresh])) - step),
+        "mean_ms": 1e3 * float(after.mean()),
+        "p99_ms": 1e3 * float(np.percentile(after, 99)),
+    }
+
+
+def refreshes(bench: Bench) -> Iterator[dict[str, Any]]:
+    """What refreshes add to a step, beside the bare power step and QR.
+
+    The factors of one size are one batch, the sizes come one after another.
+    """
+    shape = PRESETS[bench.preset]
+    every = jax.jit(lambda m, q: jnp.linalg.qr(jnp.matmul(m, q, precision=HIGHEST))[0])
+    state, run = refreshing(shape, {})
+    batches = batches_of(state)
+    bare = lambda: [jax.block_until_ready(every(*batch)) for batch in batches]  # noqa: E731
+    bare()
+    baseline: list[float] = []
+    for name, options in {
+        "qr": {},
+        "cholesky_qr": {"refresh": "cholesky_qr"},
+        "eigh": {"refresh": "eigh"},
+        "qr, blocks 512": {"block_size": 512},
+        "qr, blocks 256": {"block_size": 256},
+    }.items():
+        state, run = refreshing(shape, options)
+        plain: list[float] = []
+        added: list[float] = []
+        bound: list[float] = []
+        for _ in range(2 * bench.cycles):
+            plain.append(run(10))
+            added.append(run(1) - plain[-1])
+            bound.append(seconds(bare)[0])
+        median = float(np.median(added))
+        baseline.append(median)
+        yield {
+            "refresh": name,
+            "refresh_ms": 1e3 * median,
+            "bare_ms": 1e3 * float(np.median(bound)),
+            "refresh_over_bare": median / float(np.median(bound)),
+            "qr_over_this": baseline[0] / median,
+            "state_mb": nbytes(state) / 1e6,
+        }
+
+
+def refreshing(
+    shape: Shape, options: dict[str, Any]
+) -> tuple[Any, Callable[[int], float]]:
+    """A state after some refreshes, and the seconds of a step from it.
+
+    The step is one with a refresh for f = 1, and one without for f = 10.
+    """
+    params = normal(shape, 1)
+    gradients = [normal(shape, seed) for seed in range(2, 6)]
+
+    def make(frequency: int) -> tuple[Any, Any]:
+        tx = soap(precondition_frequency=frequency, **IDENTITY, **options)
+        step = jax.jit(
+            lambda state, grads: tx.update(grads, state, params)[::-1], donate_argnums=0
+        )
+        return tx, step
+
+    programs = {frequency: make(frequency)[1] for frequency in (1, 10)}
+    holder = {"state": jax.jit(make(1)[0].init)(params), "count": 0}
+
+    def run(frequency: int) -> float:
+        holder["state"] = set_count(holder["state"], frequency)
+        holder["count"] += 1
+        grads = gradients[holder["count"] % len(gradients)]
+        spent, (holder["state"], _) = seconds(
+            programs[frequency], holder["state"], grads
+        )
+        return spent
+
+    for frequency in (1, 1, 1, 10):
+        run(frequency)
+    return holder["state"], run
+
+
+def set_count(state: Any, frequency: int) -> Any:
+    """The state with a count for which a refresh is due if `frequency` is 1."""
+    is_one = lambda node: isinstance(node, soap_optax.EigenbasisState)  # noqa: E731
+    count = jnp.asarray(20 if frequency == 1 else 21, jnp.int32)
+    return jax.tree.map(
+        lambda node: node._replace(count=count) if is_one(node) else node,
+        state,
+        is_leaf=is_one,
+    )
+
+
+def batches_of(state: Any) -> list[tuple[jax.Array, jax.Array]]:
+    """Factors and eigenbases of each size, as one batch."""
+    is_one = lambda node: isinstance(node, soap_optax.EigenbasisState)  # noqa: E731
+    (state,) = (n for n in jax.tree.leaves(state, is_leaf=is_one) if is_one(n))
+    by_size = collections.defaultdict(list)
+    pairs = zip(
+        jax.tree.leaves(state.factors), jax.tree.leaves(state.eigenbases), strict=True
+    )
+    for factor, basis in pairs:
+        by_size[factor.shape[-1]].append((factor, basis))
+    return [
+        tuple(jnp.stack(x) for x in zip(*pairs, strict=True))
+        for pairs in by_size.values()
+    ]
+
+
+def compiling(bench: Bench) -> Iterator[dict[str, Any]]:
+    """Programs of 4 and 24 layers, refreshed in batches and leaf by leaf."""
+    from soap_optax import _refresh
+
+    for layers in (4, 24):
+        shape = dataclasses.replace(PRESETS[bench.preset], layers=layers)
+        for name, options in {"eigh start": {}, "identity start": IDENTITY}.items():
+            for in_batches in (True, False):
+                # No key: refreshed alone, as on a mesh of devices.
+                alone = mock.patch.object(_refresh, "_key", lambda factor: None)
+                with contextlib.nullcontext() if in_batches else alone:
+                    spent, program = compiled(soap(**options), shape)
+                memory = program.memory_analysis()
+                state = jax.eval_shape(
+                    soap(**options).init, jax.eval_shape(lambda s=shape: normal(s, 0))
+                )
+                yield {
+                    "layers": layers,
+                    "program": name,
+                    "refreshes": "in batches" if in_batches else "leaf by leaf",
+                    "compile_s": spent,
+                    "temporary_share": memory.temp_size_in_bytes / nbytes(state),
+                    "program_mb": len(program.as_text()) / 1e6,
+                    **decompositions(program),
+                }
+
+
+def precisions(bench: Bench) -> Iterator[dict[str, Any]]:
+    """Rayleigh quotients of a factor by each precision of products, and its time."""
+    size = min(1024, 4 * PRESETS[bench.preset].width)
+    rng = np.random.default_rng(0)
+    basis = np.linalg.qr(rng.normal(size=(size, size)))[0]
+    values = np.logspace(0, -5, size)
+    exact = np.sort(values)[::-1]
+    matrix = jnp.asarray((basis * values) @ basis.T, jnp.float32)
+    q = jnp.asarray(basis, jnp.float32)
+    presets = [
+        *jax.lax.Precision,
+        *(
+            jax.lax.DotAlgorithmPreset[name]
+            for name in ("TF32_TF32_F32", "TF32_TF32_F32_X3", "BF16_BF16_F32_X6")
+        ),
+    ]
+    for precision in presets:
+
+        def quotients(m, q, precision=precision):
+            return jnp.sum(q * jnp.matmul(m, q, precision=precision), axis=0)
+
+        row = {"precision": precision.name, "device": jax.default_backend()}
+        try:
+            found = np.asarray(jax.jit(quotients)(matrix, q))
+        except Exception as error:  # a preset that this device has no products for
+            yield {**row, "error": str(error).splitlines()[0][:60]}
+            continue
+        relative = np.abs(found - exact) / exact
+        times = [seconds(jax.jit(quotients), matrix, q)[0] for _ in range(10)]
+        yield {
+            **row,
+            "largest_error": float(np.abs(found - exact).max()),
+            "median_relative_error": float(np.median(relative)),
+            "negative_quotients": int((found < 0).sum()),
+            "ms": 1e3 * float(np.median(times)),
+        }
+
+
+def training(bench: Bench) -> Iterator[dict[str, Any]]:
+    """The share of the optimizer in a step of training, against tokens a step."""
+    sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
+    import train_lm
+
+    shape = PRESETS[bench.preset]
+    on_cpu = jax.default_backend() == "cpu"
+    model = train_lm.Transformer(
+        shape.vocab,
+        shape.layers,
+        shape.width,
+        shape.head_dim,
+        jnp.float32 if on_cpu else jnp.bfloat16,
+    )
+    tokens = jnp.zeros((1, 8), jnp.int32)
+    params = jax.jit(model.init)(jax.random.key(0), tokens)["params"]
+    loss = lambda params, tokens: train_lm.cross_entropy(model, params, tokens)[0]  # noqa: E731
+    gradient = jax.jit(jax.grad(loss))
+    optimizers = {
+        "adamw": ROWS["adamw"](),
+        "soap f=10": soap(refresh="qr" if on_cpu else "cholesky_qr"),
+        "soap f=1": soap(
+            refresh="qr" if on_cpu else "cholesky_qr", precondition_frequency=1
+        ),
+    }
+    cost = {name: optimizer_seconds(tx, params) for name, tx in optimizers.items()}
+    matrices = [p.shape for p in jax.tree.leaves(params) if p.ndim == 2]
+    size = sum(m * n for m, n in matrices)
+    sides = sum(m * n * sum(x for x in (m, n) if x <= 10_000) for m, n in matrices)
+    for batch in bench.batches:
+        tokens = jax.random.randint(
+            jax.random.key(1), (batch, bench.sequence + 1), 0, shape.vocab
+        )
+        jax.block_until_ready(gradient(params, tokens))
+        spent = float(
+            np.median([seconds(gradient, params, tokens)[0] for _ in range(3)])
+        )
+        count = batch * bench.sequence
+        base = spent + cost["adamw"]
+        yield {
+            "tokens": count,
+            "gradient_ms": 1e3 * spent,
+            **{f"{name} ms": 1e3 * value for name, value in cost.items()},
+            **{
+                f"{name} adds to adamw": (spent + cost[name]) / base - 1
+                for name in cost
+                if name != "adamw"
+            },
+            # 6 products of m n (m + n), and 6 m n a token of the gradient.
+            "products over gradient": 6 * sides / (6 * size * count),
+        }
+
+
+def optimizer_seconds(tx: optax.GradientTransformation, params: Tree) -> float:
+    """Mean seconds of an update over a cycle of 10 steps."""
+    step = jax.jit(
+        lambda state, grads: tx.update(grads, state, params)[::-1], donate_argnums=0
+    )
+    state = jax.jit(tx.init)(params)
+    spent = []
+    for count in range(21):
+        grads = jax.tree.map(lambda p, k=count: p + 1e-3 * jnp.sin(p + k), params)
+        one, (state, _) = seconds(step, state, grads)
+        spent.append(one)
+    return float(np.mean(spent[11:]))
+
+
+PARTS = {
+    part.__name__: part for part in (steps, refreshes, compiling, precisions, training)
+}
+
+
+# --- output --------------------------------------------------------------------------
+
+
+def machine() -> dict[str, str]:
+    """Machine, versions and dtype, for every row."""
+    return {
+        "device": jax.devices()[0].device_kind,
+        "cores": str(os.cpu_count()),
+        "python": platform.python_version(),
+        "jax": jax.__version__,
+        "dtype": "float32",
+    }
+
+
+def show(value: Any) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def write(path: Path, rows: list[dict[str, Any]]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    fields = list(dict.fromkeys(key for row in rows for key in row))
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, fields)
+        writer.writeheader()
+        writer.writerows({k: show(v) for k, v in row.items()} for row in rows)
+
+
+def plot(rows: list[dict[str, Any]], path: Path, title: str) -> None:
+    """Bars: a step without refresh, and what refreshes add to it on average."""
+    names = [row["optimizer"] for row in rows]
+    step = np.array([row["step_ms"] for row in rows])
+    mean = np.array([row["mean_ms"] for row in rows])
+    figure, panels = plt.subplots(
+        1, 2, figsize=(11, 0.4 * len(rows) + 1.5), sharey=True
+    )
+    panels[0].barh(names, step, label="step without refresh")
+    panels[0].barh(
+        names, np.maximum(mean - step, 0), left=step, label="refreshes, mean"
+    )
+    bare = float(np.median([row["bare_ms"] for row in rows]))
+    panels[0].axvline(bare, color="black", linestyle=":", label="six bare products")
+    panels[0].set_xlabel("milliseconds")
+    state, temporary = (
+        np.array([row[f"{kind}_mb"] for row in rows]) for kind in ("state", "temporary")
+    )
+    panels[1].barh(names, state, label="state")
+    panels[1].barh(names, temporary, left=state, label="temporary")
+    panels[1].set_xlabel("megabytes")
+    panels[0].invert_yaxis()
+    for panel in panels:
+        panel.legend(fontsize="small")
+        panel.grid(axis="x", alpha=0.3)
+    figure.suptitle(title, fontsize="medium")
+    figure.tight_layout()
+    figure.savefig(path, dpi=150)
+
+
+def main(bench: Bench) -> None:
+    for given, known in ((bench.parts, PARTS), (bench.rows, ROWS)):
+        if set(given) - set(known):
+            sys.exit(f"error: must be of {', '.join(known)}, got {', '.join(given)}")
+    if bench.preset not in PRESETS:
+        sys.exit(f"error: --preset must be one of {', '.join(PRESETS)}")
+    about = machine()
+    print(", ".join(f"{key} {value}" for key, value in about.items()))
+    for part in bench.parts:
+        print(f"\n{part}: {PARTS[part].__doc__.splitlines()[0]}", flush=True)
+        rows = []
+        for row in PARTS[part](bench):
+            rows.append(row)
+            print("  ".join(f"{k} {show(v)}" for k, v in row.items()), flush=True)
+        name = f"bench_{bench.preset}_{jax.default_backend()}_{part}"
+        write(bench.out / f"{name}.csv", [{**row, **about} for row in rows])
+        if part == "steps":
+            title = f"{bench.preset}, {', '.join(about.values())}"
+            plot(rows, bench.out / f"{name}.png", title)
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Bench, description=__doc__))
