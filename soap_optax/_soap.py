@@ -171,7 +171,10 @@ def soap(
             rcond=rcond,
             clip_update_rms=clip_update_rms,
         ),
-        optax.add_decayed_weights(weight_decay, mask),
+        # No decay leaves out a pass over the parameters; a traced 0 may change.
+        optax.identity()
+        if isinstance(weight_decay, (int, float)) and weight_decay == 0
+        else optax.add_decayed_weights(weight_decay, mask),
         optax.scale_by_learning_rate(learning_rate),
     )
 
