@@ -376,7 +376,7 @@ def precisions(bench: Bench) -> Iterator[dict[str, Any]]:
         def quotients(m, q, precision=precision):
             return jnp.sum(q * jnp.matmul(m, q, precision=precision), axis=0)
 
-        row = {"precision": precision.name, "device": jax.default_backend()}
+        row = {"precision": precision.name}
         try:
             found = np.asarray(jax.jit(quotients)(matrix, q))
         except Exception as error:  # a preset that this device has no products for
@@ -539,7 +539,8 @@ def main(bench: Bench) -> None:
         name = f"bench_{bench.preset}_{jax.default_backend()}_{part}"
         write(bench.out / f"{name}.csv", [{**row, **about} for row in rows])
         if part == "steps":
-            title = f"{bench.preset}, {', '.join(about.values())}"
+            title = ", ".join(f"{key} {value}" for key, value in about.items())
+            title = f"{bench.preset}: {title}"
             plot(rows, bench.out / f"{name}.png", title)
 
 
