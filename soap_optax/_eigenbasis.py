@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from soap_optax import _arguments, _kronecker, _refresh, _tree
+from soap_optax import _arguments, _kronecker, _refresh, _sharding, _tree
 from soap_optax._layout import Layout, make_layout
 
 # Fields of optax states that hold a mean of gradients.
@@ -29,12 +29,13 @@ DEFAULT_MAX_PRECOND_DIM: int = np.int64(10_000)  # type: ignore[assignment]
 
 _PerLeaf = list[list[Any]]  # for each parameter, an array or None per axis
 
-# The fields of the state that are so, and their shape from that of the factor.
-_PER_FACTOR: dict[str, Callable[[tuple[int, ...]], tuple[int, ...]]] = {
-    "factors": lambda shape: shape,
-    "eigenbases": lambda shape: shape,
-    "eigenvalues": lambda shape: shape[:-1],
-    "skipped": lambda shape: (*shape[:-2], 1),
+# The fields of the state that are so: their shape from that of the factor, and their
+# shardings from the parameter.
+_PER_FACTOR: dict[str, tuple[Callable[[tuple[int, ...]], tuple[int, ...]], Any]] = {
+    "factors": (lambda shape: shape, _sharding.of_factors),
+    "eigenbases": (lambda shape: shape, _sharding.of_factors),
+    "eigenvalues": (lambda shape: shape[:-1], _sharding.of_vectors),
+    "skipped": (lambda shape: (*shape[:-2], 1), _sharding.of_vectors),
 }
 
 
@@ -111,6 +112,7 @@ def in_eigenbasis(
     precision: Any = jax.lax.Precision.HIGHEST,
     rcond: float | None = None,
     clip_update_rms: jax.typing.ArrayLike | None = None,
+    params_sharding: Any = None,
     first_moments: Sequence[str] = FIRST_MOMENTS,
 ) -> optax.GradientTransformationExtraArgs:
     """Runs `inner` in the eigenbasis of Shampoo's factors.
@@ -184,7 +186,7 @@ def in_eigenbasis(
     _check_dimension_numbers(dimension_numbers)
 
     def plan_of(tree: Any) -> _tree.Plan:
-        return _tree.make_plan(tree, layout_of, dimension_numbers)
+        return _tree.make_plan(tree, layout_of, dimension_numbers, params_sharding)
 
     def init_fn(params: optax.Params) -> EigenbasisState:
         if isinstance(params, _PARAMS_PLACEHOLDER):
@@ -192,7 +194,10 @@ def in_eigenbasis(
             # parameters. Factors are not: one leaf stands for all of them.
             zero = _zero_count()
             return EigenbasisState(zero, zero, 0, 0, 0, 0, inner.init(params))
-        return _nested(plan := plan_of(params), _init(plan, options, inner))
+        plan = plan_of(params)
+        for leaf in plan.leaves:
+            _sharding.warn_of_cut_blocks(leaf)
+        return _nested(plan, _init(plan, options, inner))
 
     def update_fn(
         updates: optax.Updates,
@@ -232,29 +237,33 @@ def _init(
 ) -> EigenbasisState:
     """Zero factors and identity eigenbases, as lists that follow the plan."""
 
-    def per_factor(make: Callable[[tuple[int, ...], Any], jax.Array]) -> _PerLeaf:
-        def one(array: Any, leaf: _tree.Leaf, shape: tuple[int, ...] | None) -> Any:
+    def per_factor(name: str, make: Callable[[tuple[int, ...], Any], Any]) -> _PerLeaf:
+        shape_of, sharding_of = _PER_FACTOR[name]
+
+        def one(leaf: _tree.Leaf, shape: Any, sharding: Any) -> Any:
             if shape is None:
                 return None
-            stored = make(shape, _stored_dtype(leaf, options))
-            if isinstance(array, jax.ShapeDtypeStruct):
-                return stored
-            return _kronecker.sharded_like(stored, array, leaf.layout)
+            stored = make(shape_of(shape), _stored_dtype(leaf, options))
+            return _sharding.placed(stored, sharding)
 
         return [
-            [one(array, leaf, shape) for shape in leaf.layout.factor_shapes()]
-            for array, leaf in zip(plan.arrays, plan.leaves, strict=True)
+            [
+                one(leaf, *of_axis)
+                for of_axis in zip(
+                    leaf.layout.factor_shapes(), sharding_of(leaf), strict=True
+                )
+            ]
+            for leaf in plan.leaves
         ]
 
     def identity(shape: tuple[int, ...], dtype: Any) -> jax.Array:
         return jnp.broadcast_to(jnp.eye(shape[-1], dtype=dtype), shape)
 
     def zero_eigenvalues(shape: tuple[int, ...], dtype: Any) -> jax.Array:
-        stored = jnp.promote_types(dtype, jnp.float32)
-        return jnp.zeros(_PER_FACTOR["eigenvalues"](shape), stored)
+        return jnp.zeros(shape, jnp.promote_types(dtype, jnp.float32))
 
     def zero_counts(shape: tuple[int, ...], _: Any) -> jax.Array:
-        return jnp.zeros(_PER_FACTOR["skipped"](shape), jnp.int32)
+        return jnp.zeros(shape, jnp.int32)
 
     inner_params = [
         _cast(array, leaf.dtype)
@@ -263,10 +272,10 @@ def _init(
     return EigenbasisState(
         count=_zero_count(),
         refreshes=_zero_count(),
-        factors=per_factor(jnp.zeros),
-        eigenbases=per_factor(identity),
-        eigenvalues=per_factor(zero_eigenvalues),
-        skipped=per_factor(zero_counts),
+        factors=per_factor("factors", jnp.zeros),
+        eigenbases=per_factor("eigenbases", identity),
+        eigenvalues=per_factor("eigenvalues", zero_eigenvalues),
+        skipped=per_factor("skipped", zero_counts),
         inner_state=_cast_first_moments(
             plan, options, inner.init(plan.treedef.unflatten(inner_params))
         ),
@@ -286,8 +295,12 @@ def _step(
     def project_params() -> Any:
         entries = zip(params or (), plan.leaves, state.eigenbases, strict=True)
         return plan.treedef.unflatten(
-            _kronecker.project(
-                param.astype(leaf.dtype), q, leaf.layout, options.precision
+            _sharding.like_parameter(
+                _kronecker.project(
+                    _sharding.for_blocks(param.astype(leaf.dtype), leaf),
+                    *(q, leaf.layout, options.precision),
+                ),
+                leaf,
             )
             for param, leaf, q in entries
         )
@@ -298,12 +311,13 @@ def _step(
         plan.arrays, plan.leaves, state.eigenbases, state.eigenvalues, strict=True
     ):
         coordinates, energies = _kronecker.project_and_measure(
-            array.astype(leaf.dtype), q, leaf.layout, options.precision
+            _sharding.for_blocks(array.astype(leaf.dtype), leaf),
+            *(q, leaf.layout, options.precision),
         )
         eigenvalues.append(_kronecker.follow(values, energies, weight))
         if any(leaf.layout.factored):
             coordinates = _kronecker.bounded(coordinates)
-        projected.append(coordinates)
+        projected.append(_sharding.like_parameter(coordinates, leaf))
     inner_updates, inner_state = inner.update(
         plan.treedef.unflatten(projected),
         state.inner_state,
@@ -312,7 +326,7 @@ def _step(
     )
     inner_updates = plan.treedef.flatten_up_to(inner_updates)
     steps = [
-        _bound_and_project_back(options, leaf.layout, *of_leaf)
+        _bound_and_project_back(options, leaf, *of_leaf)
         for leaf, *of_leaf in zip(
             plan.leaves, inner_updates, eigenvalues, state.eigenbases, strict=True
         )
@@ -322,14 +336,16 @@ def _step(
 
 
 def _bound_and_project_back(
-    options: _Options, layout: Layout, update: jax.Array, eigenvalues: Any, bases: Any
+    options: _Options, leaf: _tree.Leaf, update: jax.Array, eigenvalues: Any, bases: Any
 ) -> jax.Array:
     """The step of a parameter, from an inner update."""
+    layout = leaf.layout
+    update = _sharding.for_blocks(update, leaf)
     update = _kronecker.damp(update, eigenvalues, layout, options.rcond)
     step = _kronecker.project_back(update, bases, layout, options.precision)
     if any(layout.factored) and options.clip_update_rms is not None:
         step = _kronecker.clip_rms(step, layout, options.clip_update_rms)
-    return step
+    return _sharding.like_parameter(step, leaf)
 
 
 def _unless_first(
@@ -377,12 +393,15 @@ def _accumulate_and_refresh(
 ) -> tuple[list[jax.Array], EigenbasisState]:
     """Accumulates the factors and, when due, refreshes the eigenbases."""
     weight = _weight(options, state.count)
-    factors = [
-        _kronecker.accumulate(f, gradient, leaf.layout, weight, options.precision)
-        for f, gradient, leaf in zip(
-            state.factors, plan.arrays, plan.leaves, strict=True
+    factors = []
+    for old, gradient, leaf in zip(
+        state.factors, plan.arrays, plan.leaves, strict=True
+    ):
+        new = _kronecker.accumulate(
+            *(old, _sharding.for_blocks(gradient, leaf), leaf.layout),
+            *(weight, options.precision),
         )
-    ]
+        factors.append(list(map(_sharding.placed, new, _sharding.of_factors(leaf))))
     return _refresh_if_due(plan, options, steps, state._replace(factors=factors))
 
 
@@ -400,16 +419,18 @@ def _refresh_if_due(
         [k for k, owner in enumerate(owners) if owner == i]
         for i in range(len(plan.leaves))
     ]
-    slots = _refresh.make_slots(
-        state.factors, options.precondition_frequency if options.stagger else None
-    )
-    begin, end = _due_slots(options, state.count, len(slots))
     method = _refresh.Method(
         options.refresh,
         initial=options.initial_basis == "eigh" and state.count == 0,
         tolerance=options.refresh_tolerance,
         precision=options.precision,
     )
+    all_bases = _sharding.make_refresh(
+        *(plan.leaves, state.factors, method),
+        count=options.precondition_frequency if options.stagger else None,
+    )
+    slots = len(all_bases.slots)
+    begin, end = _due_slots(options, state.count, slots)
 
     # XLA lets the branches overwrite their operands, copying nothing where nothing is
     # due, if the one that keeps them is the first, if all that reads the eigenbases
@@ -420,8 +441,6 @@ def _refresh_if_due(
         return bases, steps
 
     def refresh(bases: _refresh.Bases, steps: Any) -> tuple[_refresh.Bases, Any]:
-        layouts = [leaf.layout for leaf in plan.leaves]
-        all_bases = _refresh.Refresh(layouts, state.factors, method, slots)
         bases = all_bases.run(bases, begin, end)
         return bases, jax.lax.optimization_barrier(steps)
 
@@ -437,7 +456,7 @@ def _refresh_if_due(
             moments[k] = moment
     return steps, state._replace(
         refreshes=jnp.where(
-            _is_due(options, state.count, len(slots)),
+            _is_due(options, state.count, slots),
             optax.safe_increment(state.refreshes),
             state.refreshes,
         ),
@@ -527,7 +546,7 @@ def _flat(plan: _tree.Plan, state: EigenbasisState) -> EigenbasisState:
     flat = {name: _tree.find(plan.leaves, getattr(state, name)) for name in _PER_FACTOR}
     for i, leaf in enumerate(plan.leaves):
         factors = leaf.layout.factor_shapes()
-        for name, shape_of in _PER_FACTOR.items():
+        for name, (shape_of, _) in _PER_FACTOR.items():
             wanted = tuple(None if s is None else shape_of(s) for s in factors)
             shapes = tuple(None if x is None else x.shape for x in flat[name][i])
             if shapes != wanted:

@@ -33,19 +33,6 @@ from soap_optax._layout import Layout, explicit_sharding
 PerAxis = Sequence[jax.Array | None]
 
 
-def sharded_like(stored: jax.Array, array: jax.Array, layout: Layout) -> jax.Array:
-    """`stored`, `[grid…, …]`, on an explicit mesh sharded like the blocks of `array`.
-
-    So a state has the same sharding before its first step as after it.
-    """
-    if explicit_sharding(array, range(array.ndim)) is None:
-        return stored
-    within = [None] * (stored.ndim - len(layout.grid))
-    blocks = layout.to_blocks(array)
-    sharding = explicit_sharding(blocks, [*layout.grid, *within])
-    return jax.sharding.reshard(stored, sharding)
-
-
 def accumulate(
     factors: PerAxis,
     gradient: jax.Array,
@@ -63,7 +50,7 @@ def accumulate(
         if factor is None:
             return None
         blocks = _blocks(gradient, factor, layout)
-        gram = _gram(blocks, axis, layout.grid, precision)
+        gram = _gram(blocks, axis, factor, layout.grid, precision)
         mean = _mean(factor.astype(gram.dtype), gram, weight).astype(factor.dtype)
         # The trace of the Gram matrix, which bounds its entries. False for NaN.
         energy = _energy(blocks, layout)
@@ -407,22 +394,10 @@ def quality(
       Largest over smallest diagonal entry of Q^T M Q, infinite where the smallest is
       round-off, and the norm of its off-diagonal part over that of M, both `[...]`.
     """
-    matrix, basis = _at_least_float32(factor), _at_least_float32(eigenbasis)
-    diagonal = jnp.diagonal(matrix, axis1=-2, axis2=-1)
-    matrix = matrix / _largest(diagonal)[..., None]  # whose squares do not overflow
-    rotated = jnp.einsum(
-        "...ki,...kl,...lj->...ij", basis, matrix, basis, precision=precision
-    )
-    quotients = jnp.diagonal(rotated, axis1=-2, axis2=-1)
-    low, high = quotients.min(axis=-1), quotients.max(axis=-1)
-    is_singular = low <= _null_share(matrix) * high
-    condition = jnp.where(is_singular, jnp.inf, high / jnp.where(is_singular, 1, low))
-    on_diagonal = jnp.broadcast_to(
-        jnp.eye(rotated.shape[-1], dtype=bool), rotated.shape
-    )
-    norm = _norm(matrix)
-    off_diagonal = _norm(jnp.where(on_diagonal, 0, rotated))
-    return condition, off_diagonal / jnp.where(norm > 0, norm, 1)
+    step = power_step(factor, eigenbasis, precision)
+    low = step.quotients.min(axis=-1)
+    condition = jnp.where(low > 0, 1 / jnp.where(low > 0, low, 1), jnp.inf)
+    return condition, step.off_diagonal
 
 
 def angles(eigenbasis: jax.Array, other: jax.Array) -> jax.Array:
@@ -516,15 +491,15 @@ def _energy(blocks: jax.Array, layout: Layout, axis: int | None = None) -> jax.A
 
 
 def _gram(
-    blocks: jax.Array, axis: int, grid: Sequence[int], precision: Any
+    blocks: jax.Array, axis: int, like: jax.Array, grid: Sequence[int], precision: Any
 ) -> jax.Array:
-    """G_(axis) G_(axis)^T for each block, `[grid…, b, b]`."""
+    """G_(axis) G_(axis)^T for each block, `[grid…, b, b]`, sharded like the factor."""
     rows = list(range(blocks.ndim))
     columns = [blocks.ndim if d == axis else d for d in rows]
     return jnp.einsum(
         *(blocks, rows, blocks, columns, [*grid, axis, blocks.ndim]),
         precision=precision,
-        out_sharding=explicit_sharding(blocks, [*grid, None, None]),
+        out_sharding=explicit_sharding(like, range(like.ndim)),
     )
 
 
@@ -539,6 +514,9 @@ def _multiply(
             old = list(range(blocks.ndim))
             new = [blocks.ndim if d == axis else d for d in old]
             entry = [blocks.ndim, axis] if back else [axis, blocks.ndim]
+            whole = explicit_sharding(basis, [*range(basis.ndim - 2), None, None])
+            if whole is not None:
+                basis = jax.sharding.reshard(basis, whole)
             blocks = jnp.einsum(
                 *(blocks, old, basis.astype(blocks.dtype), [*layout.grid, *entry], new),
                 precision=precision,

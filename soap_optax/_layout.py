@@ -9,7 +9,7 @@ the parameter.
 import dataclasses
 import math
 import operator
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -70,7 +70,10 @@ class Layout:
     def to_blocks(self, array: jax.Array) -> jax.Array:
         """Views a parameter-shaped array as an array of blocks."""
         ordered = array.transpose(self.order)
-        sharding = self._sharding_of_view(ordered)
+        sharding = explicit_sharding(array, range(array.ndim))
+        if sharding is not None:
+            spec = self.spec_of_view(sharding.spec, sharding.mesh.shape)
+            sharding = jax.sharding.NamedSharding(sharding.mesh, spec)
         return jax.lax.reshape(ordered, self.view, out_sharding=sharding)
 
     def from_blocks(self, blocks: jax.Array, like: jax.Array) -> jax.Array:
@@ -82,25 +85,61 @@ class Layout:
             inverse
         )
 
-    def _sharding_of_view(
-        self, ordered: jax.Array
-    ) -> jax.sharding.NamedSharding | None:
-        """On a mesh with explicit axes, block indices are sharded where that fits."""
-        sharding = explicit_sharding(ordered, range(ordered.ndim))
-        if sharding is None:
-            return None
+    def blocked(self) -> list[tuple[tuple[int, ...], int]]:
+        """The (merged) axes that are cut into blocks, and the side of those."""
+        starts = [parent for parent in self.parents if parent is not None]
+        ends = dict(zip(starts, [*starts[1:], len(self.order)], strict=True))
+        found = []
+        for axis in self.axes:
+            first = self.parents[axis - 1]
+            if self.parents[axis] is None and first is not None:
+                found.append((self.order[first : ends[first]], self.view[axis]))
+        return found
 
-        def spec(size: int, parent: int | None) -> Any:
-            if parent is None or sharding.spec[parent] is None:
-                return None
-            named = sharding.spec[parent]
-            names = named if isinstance(named, tuple) else (named,)
-            shards = math.prod(sharding.mesh.shape[name] for name in names)
-            return None if size % shards else named
+    def spec_of_view(self, spec: jax.P, sizes: Mapping[str, int]) -> jax.P:
+        """How the array of blocks is sharded, if the parameter is by `spec`.
 
-        entries = zip(self.view, self.parents, strict=True)
-        spec_of_view = jax.P(*(spec(*entry) for entry in entries))
-        return jax.sharding.NamedSharding(sharding.mesh, spec_of_view)
+        An axis takes the mesh axes of its parent, if their `sizes` divide it.
+        """
+        entries: list[Any] = []
+        for size, parent in zip(self.view, self.parents, strict=True):
+            entry = None if parent is None else spec[self.order[parent]]
+            entries.append(None if size % _shards(entry, sizes) else entry)
+        return jax.P(*entries)
+
+    def specs_of_factors(
+        self, spec: jax.P, sizes: Mapping[str, int]
+    ) -> tuple[jax.P | None, ...]:
+        """How factors `[grid…, b, b]` are sharded, if the parameter is by `spec`.
+
+        The grid as in the array of blocks; the rows by the mesh axes of the axes that
+        are not cut into blocks, as far as they divide them. None without a factor.
+        """
+        view = self.spec_of_view(spec, sizes)
+        grid = [view[axis] for axis in self.grid]
+        used = {axis for entry in grid for axis in mesh_axes(entry)}
+        cut = {axis for axes, _ in self.blocked() for axis in axes}
+        whole = (entry for axis, entry in enumerate(spec) if axis not in cut)
+        others = [n for entry in whole for n in mesh_axes(entry) if n not in used]
+
+        def one(shape: tuple[int, ...]) -> jax.P:
+            rows: tuple[str, ...] = ()
+            for name in others:
+                if shape[-2] % _shards((*rows, name), sizes) == 0:
+                    rows = (*rows, name)
+            return jax.P(*grid, rows or None, None)
+
+        return tuple(s if s is None else one(s) for s in self.factor_shapes())
+
+    def local(self, spec: jax.P, sizes: Mapping[str, int]) -> "Layout":
+        """The layout of what one device has."""
+        view = self.spec_of_view(spec, sizes)
+        cut = lambda shape, by: tuple(  # noqa: E731
+            size // _shards(entry, sizes) for size, entry in zip(shape, by, strict=True)
+        )
+        return dataclasses.replace(
+            self, shape=cut(self.shape, spec), view=cut(self.view, view)
+        )
 
     def factor_shapes(self) -> tuple[tuple[int, ...] | None, ...]:
         """The shape `[grid…, b, b]` of each factor, None where it is the identity."""
@@ -109,6 +148,17 @@ class Layout:
             (*grid, self.view[axis], self.view[axis]) if has_factor else None
             for axis, has_factor in zip(self.axes, self.factored, strict=True)
         )
+
+
+def mesh_axes(entry: Any) -> tuple[str, ...]:
+    """The mesh axes in an entry of a `jax.P`."""
+    if entry is None:
+        return ()
+    return tuple(entry) if isinstance(entry, (tuple, list)) else (entry,)
+
+
+def _shards(entry: Any, sizes: Mapping[str, int]) -> int:
+    return math.prod(sizes[name] for name in mesh_axes(entry))
 
 
 def _identity(shape: tuple[int, ...]) -> Layout:

@@ -9,8 +9,8 @@ other, or, staggered, one slot a step. In a slot
 
 The first and the last are branches over the slots, the second is the same for all: a
 program has one decomposition for each size, however many factors there are. A factor on
-a mesh of devices is refreshed alone, because nothing may be known about its sharding,
-and stacking would move it.
+a mesh of devices whose sharding is not known is refreshed alone, because stacking would
+move it (see `_sharding`).
 """
 
 import collections
@@ -111,7 +111,7 @@ def make_slots(factors: list[list[Any]], count: int | None = None) -> list[list[
     """Cuts a refresh into slots of about equal costs.
 
     Args:
-      factors: of each parameter, for each axis an array or None.
+      factors: of each parameter, for each axis an array, its shape or None.
       count: of slots, at most; None: such that a refresh of all, one slot after the
         other, needs little memory.
 
@@ -120,7 +120,7 @@ def make_slots(factors: list[list[Any]], count: int | None = None) -> list[list[
     """
     if count is None:
         stacked = [
-            factor.nbytes
+            factor.size * factor.dtype.itemsize
             for of_leaf in factors
             for factor in of_leaf
             if factor is not None and _key(factor) is not None
@@ -165,7 +165,9 @@ class Refresh:
         return jax.lax.fori_loop(begin, end, self._run_slot, bases)
 
     def _run_slot(self, slot: Any, bases: Bases) -> Bases:
-        starts = [functools.partial(self._start, members) for members in self.slots]
+        starts = [
+            functools.partial(self._start_slot, members) for members in self.slots
+        ]
         stacks = {
             key: _orthonormalized(stack, self.method)
             for key, stack in _switch(slot, starts, bases.eigenbases).items()
@@ -173,7 +175,7 @@ class Refresh:
         bases = Bases(*map(list, bases))
         # One branch for each slot, with nothing of the others, which would be copied.
         for k, members in enumerate(self.slots):
-            branches = [_keep, functools.partial(self._adopt, members)]
+            branches = [_keep, functools.partial(self._adopt_slot, members)]
             if len(self.slots) == 1:
                 branches = branches[1:]
             is_mine = jnp.equal(slot, k).astype(jnp.int32)
@@ -184,13 +186,15 @@ class Refresh:
                     of_kind[i] = new
         return bases
 
-    def _start(self, members: list[int], eigenbases: list[Any]) -> dict[_Key, _Stack]:
+    def _start_slot(
+        self, members: list[int], eigenbases: list[Any]
+    ) -> dict[_Key, _Stack]:
         """The power steps of a slot, in stacks that have room for those of any."""
         parts: dict[_Key, list[_Stack]] = collections.defaultdict(list)
         for i in members:
             for factor, basis in zip(self.factors[i], eigenbases[i], strict=True):
                 if factor is not None and (key := _key(factor)) is not None:
-                    part = _start(_flat(factor), _flat(basis), self.method)
+                    part = _power_steps(_flat(factor), _flat(basis), self.method)
                     parts[key].append(part)
         room: collections.Counter[_Key] = collections.Counter()
         for slot in self.slots:
@@ -206,7 +210,7 @@ class Refresh:
                     counts[key] += len(_flat(factor))
         return counts
 
-    def _adopt(
+    def _adopt_slot(
         self, members: list[int], mine: Bases, stacks: dict[_Key, _Stack]
     ) -> Bases:
         """The bases of a slot's parameters with the new ones from its stacks."""
@@ -228,7 +232,7 @@ class Refresh:
             old = Bases(*of_leaf)
             pairs = zip(self.factors[i], old.eigenbases, strict=True)
             new = [one(*pair) for pair in pairs]
-            adopted.append(_adopt(new, self.layouts[i], old, self.method.precision))
+            adopted.append(adopt(new, self.layouts[i], old, self.method.precision))
         return Bases(*map(list, zip(*adopted, strict=True)))
 
 
@@ -241,7 +245,7 @@ def refresh_one(factor: jax.Array, eigenbasis: jax.Array, method: Method) -> Ref
 
     def run(factor: jax.Array, eigenbasis: jax.Array, initial: Any) -> Refreshed:
         mine = dataclasses.replace(method, initial=initial)
-        stack = _start(factor[None], eigenbasis[None], mine)
+        stack = _power_steps(factor[None], eigenbasis[None], mine)
         return _from_stack(_orthonormalized(stack, mine), factor.shape)
 
     grid = range(factor.ndim - 2)
@@ -276,17 +280,20 @@ def _flat(array: jax.Array) -> jax.Array:
     return array.reshape(-1, *array.shape[-2:])
 
 
-def _start(factor: jax.Array, eigenbasis: jax.Array, method: Method) -> _Stack:
-    """The power step, or the factor itself where that is decomposed."""
+def _power_steps(factor: jax.Array, eigenbasis: jax.Array, method: Method) -> _Stack:
+    """The power steps, or the factors themselves where those are decomposed.
+
+    An eigenbasis of zeros stands for none, with nothing to do.
+    """
     step = _kronecker.power_step(
         factor, eigenbasis, method.precision, is_first=method.initial
     )
     rows = step.rows
     if method.name == "eigh":
         rows = factor.astype(rows.dtype) / step.largest[..., None]
-    to_do = jnp.ones_like(step.off_diagonal, bool)
+    to_do = jnp.any(eigenbasis[..., 0, :] != 0, axis=-1)
     if method.tolerance is not None:  # to do for NaN, which then fails
-        to_do = ~(step.off_diagonal <= method.tolerance)
+        to_do &= ~(step.off_diagonal <= method.tolerance)
     zeros = jnp.zeros_like(step.quotients)
     is_done = jnp.zeros_like(to_do)
     return _Stack(rows, step.quotients, step.largest, zeros, to_do, is_done)
@@ -317,7 +324,7 @@ def _from_stack(stack: _Stack, shape: tuple[int, ...]) -> Refreshed:
     )
 
 
-def _adopt(
+def adopt(
     new: Sequence[Refreshed | None], layout: Layout, old: Bases, precision: Any
 ) -> Bases:
     """The bases of one parameter with its new eigenbases, where they are new."""

@@ -36,6 +36,7 @@ def soap(
     precision: Any = jax.lax.Precision.HIGHEST,
     rcond: float | None = None,
     clip_update_rms: jax.typing.ArrayLike | None = 10.0,
+    params_sharding: Any = None,
 ) -> optax.GradientTransformationExtraArgs:
     r"""SOAP: Adam in the slowly turning eigenbasis of Shampoo's preconditioner.
 
@@ -119,6 +120,12 @@ def soap(
         published. In a basis that stays, one is Adam's own bound (if b1 = b2). The
         default only stops a moment that turns, after a spike, to where the second
         moment has not seen it.
+      params_sharding: how the parameters are sharded over a mesh of devices with
+        automatic axes: a tree of `jax.sharding.NamedSharding` like the parameters, or a
+        callable making it from them. Refreshes are then local where blocks lie within
+        shards, and spread over all devices where not; without it each factor is
+        refreshed alone, as XLA sees fit. Not needed on meshes with explicit axes, whose
+        arrays say it, and not looked at inside `jax.shard_map`. See `state_sharding`.
 
     Returns:
       An `optax.GradientTransformationExtraArgs`. Updates have the gradients' dtype.
@@ -170,6 +177,7 @@ def soap(
             precision=precision,
             rcond=rcond,
             clip_update_rms=clip_update_rms,
+            params_sharding=params_sharding,
         ),
         # No decay leaves out a pass over the parameters; a traced 0 may change.
         optax.identity()
@@ -202,6 +210,7 @@ def scale_by_soap(
     precision: Any = jax.lax.Precision.HIGHEST,
     rcond: float | None = None,
     clip_update_rms: jax.typing.ArrayLike | None = 10.0,
+    params_sharding: Any = None,
 ) -> optax.GradientTransformationExtraArgs:
     """Rescales updates by SOAP: `in_eigenbasis` of `optax.scale_by_adam`.
 
@@ -242,4 +251,5 @@ def scale_by_soap(
         precision=precision,
         rcond=rcond,
         clip_update_rms=clip_update_rms,
+        params_sharding=params_sharding,
     )

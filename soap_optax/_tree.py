@@ -7,6 +7,7 @@ found in, or put into, the state.
 
 import collections
 import dataclasses
+import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -15,7 +16,13 @@ import jax.numpy as jnp
 import optax
 
 from soap_optax import _arguments
-from soap_optax._layout import DimensionNumbers, Layout, is_dimension_numbers
+from soap_optax._layout import (
+    DimensionNumbers,
+    Layout,
+    explicit_sharding,
+    is_dimension_numbers,
+    mesh_axes,
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,12 +34,14 @@ class Leaf:
       keys: its keys in nested dicts.
       layout: its factors and blocks.
       dtype: that of its moments, at least float32.
+      sharding: how it is spread over a mesh, a `jax.P` of its rank; None: not known.
     """
 
     path: tuple[Any, ...]
     keys: tuple[str, ...]
     layout: Layout
     dtype: Any
+    sharding: jax.sharding.NamedSharding | None
 
     @property
     def name(self) -> str:
@@ -49,7 +58,10 @@ class Plan(NamedTuple):
 
 
 def make_plan(
-    tree: Any, layout_of: Callable[..., Layout], dimension_numbers: Any
+    tree: Any,
+    layout_of: Callable[..., Layout],
+    dimension_numbers: Any,
+    params_sharding: Any = None,
 ) -> Plan:
     """Plans each parameter of a tree.
 
@@ -57,18 +69,20 @@ def make_plan(
       tree: parameters, or anything with their structure and shapes.
       layout_of: `make_layout` with all options but `dimension_numbers`.
       dimension_numbers: as given to `in_eigenbasis`.
+      params_sharding: as given to `in_eigenbasis`; the types of arrays come before it.
 
     Returns:
       The `Plan`.
 
     Raises:
       ValueError: naming the parameter, if it is not real floating point or its
-        dimension numbers do not fit.
+        dimension numbers or its sharding do not fit.
     """
     entries, treedef = jax.tree_util.tree_flatten_with_path(tree)
     keys = _dict_keys([path for path, _ in entries])
     numbers = _resolve_dimension_numbers(dimension_numbers, tree, len(entries))
     arrays = [a if hasattr(a, "dtype") else jnp.asarray(a) for _, a in entries]
+    shardings = _known_shardings(arrays, tree, params_sharding)
     leaves = []
     for i, ((path, _), array) in enumerate(zip(entries, arrays, strict=True)):
         name = jax.tree_util.keystr(path) or "the parameter"
@@ -82,7 +96,7 @@ def make_plan(
         except ValueError as error:
             raise ValueError(f"{name}: {error}") from error
         dtype = jnp.promote_types(array.dtype, jnp.float32)
-        leaves.append(Leaf(path, keys[i], layout, dtype))
+        leaves.append(Leaf(path, keys[i], layout, dtype, shardings[i]))
     return Plan(treedef, leaves, arrays)
 
 
@@ -230,25 +244,109 @@ def _resolve_dimension_numbers(numbers: Any, tree: Any, count: int) -> list[Any]
         numbers = numbers(tree)
     if numbers is None or is_dimension_numbers(numbers):
         return [numbers] * count
+    rule = "DimensionNumbers, MuonDimensionNumbers or None for each parameter"
+    entries = _per_parameter(
+        *("dimension_numbers", numbers, tree, is_dimension_numbers, rule)
+    )
+    return [DimensionNumbers(()) if entry is None else entry for entry in entries]
+
+
+def resolve_shardings(
+    tree: Any, params_sharding: Any
+) -> list[jax.sharding.NamedSharding]:
+    """The sharding of each parameter, as a `NamedSharding` with a `jax.P` of its rank.
+
+    Args:
+      tree: the parameters, or their shapes.
+      params_sharding: a tree of `NamedSharding` or, for the mesh of `jax.set_mesh`,
+        `jax.P`, like the parameters or a prefix of them, or a callable making it.
+
+    Raises:
+      ValueError: naming the parameter, if its sharding is none, names axes that its
+        mesh has not, does not fit its shape, or is on another mesh than the others.
+    """
+    rule = "a NamedSharding or, under jax.set_mesh, a PartitionSpec for each parameter"
+    is_sharding = lambda x: isinstance(x, (jax.sharding.Sharding, jax.P))  # noqa: E731
+    if callable(params_sharding):
+        params_sharding = params_sharding(tree)
+    given = _per_parameter("params_sharding", params_sharding, tree, is_sharding, rule)
+    shardings: list[jax.sharding.NamedSharding] = []
+    for (path, array), sharding in zip(
+        jax.tree_util.tree_flatten_with_path(tree)[0], given, strict=True
+    ):
+        name = f"params_sharding of {jax.tree_util.keystr(path) or 'the parameter'}"
+        if isinstance(sharding, jax.P):
+            mesh: Any = jax.sharding.get_abstract_mesh()
+            _arguments.require(name, sharding, f"{rule} (no mesh is set)", bool(mesh))
+            _check_names(name, sharding, mesh)
+            sharding = jax.sharding.NamedSharding(mesh, sharding)
+        is_named = isinstance(sharding, jax.sharding.NamedSharding)
+        _arguments.require(name, sharding, rule, is_named)
+        mesh = (shardings or [sharding])[0].mesh
+        same = sharding.mesh.shape == mesh.shape
+        _arguments.require(
+            name, sharding, f"on the same mesh as the others, {mesh}", same
+        )
+        rank = jnp.ndim(array)
+        fits = len(sharding.spec) <= rank
+        _arguments.require(name, sharding.spec, f"of at most {rank} axes", fits)
+        spec = jax.P(*sharding.spec, *[None] * (rank - len(sharding.spec)))
+        for size, entry in zip(jnp.shape(array), spec, strict=True):
+            shards = math.prod(mesh.shape[n] for n in mesh_axes(entry))
+            rule_of_size = f"such that {shards} shards divide an axis of {size}"
+            _arguments.require(name, sharding.spec, rule_of_size, size % shards == 0)
+        shardings.append(jax.sharding.NamedSharding(sharding.mesh, spec))
+    return shardings
+
+
+def _check_names(name: str, spec: jax.P, mesh: Any) -> None:
+    named = {axis for entry in spec for axis in mesh_axes(entry)}
+    rule = f"of mesh axes {tuple(mesh.axis_names)}"
+    _arguments.require(name, spec, rule, named <= set(mesh.axis_names))
+
+
+def _known_shardings(
+    arrays: Sequence[Any], tree: Any, params_sharding: Any
+) -> Sequence[jax.sharding.NamedSharding | None]:
+    """From the types of the arrays on explicit meshes, else from `params_sharding`.
+
+    None where each device sees arrays of its own (`jax.shard_map`).
+    """
+    unknown = [None] * len(arrays)
+    if not arrays:
+        return unknown
+    if all(isinstance(array, jax.ShapeDtypeStruct) for array in arrays):
+        return unknown
+    shardings = [explicit_sharding(array, range(array.ndim)) for array in arrays]
+    types = {kind for a in arrays for kind in jax.typeof(a).sharding.mesh.axis_types}
+    if jax.sharding.AxisType.Manual in types:
+        return unknown
+    if all(sharding is None for sharding in shardings) and params_sharding is not None:
+        shardings = list(resolve_shardings(tree, params_sharding))
+    return unknown if None in shardings else shardings
+
+
+def _per_parameter(
+    name: str, given: Any, tree: Any, is_entry: Callable[[Any], bool], rule: str
+) -> list[Any]:
+    """The entries of a tree like the parameters, or of a prefix, for each of them."""
     treedef: Any
     entries, treedef = jax.tree.flatten(
-        numbers, is_leaf=lambda node: node is None or is_dimension_numbers(node)
+        given, is_leaf=lambda node: node is None or is_entry(node)
     )
     for entry in entries:
-        rule = "DimensionNumbers, MuonDimensionNumbers or None for each parameter"
-        holds = entry is None or is_dimension_numbers(entry)
-        _arguments.require("dimension_numbers", entry, rule, holds)
+        _arguments.require(name, entry, rule, entry is None or is_entry(entry))
     try:
         subtrees = treedef.flatten_up_to(tree)
     except ValueError as error:
         raise ValueError(
-            "dimension_numbers must be a tree with the structure of the parameters, or "
-            f"a prefix of it; {error}"
+            f"{name} must be a tree with the structure of the parameters, or a prefix "
+            f"of it; {error}"
         ) from error
     # An entry holds for all of its subtree: one parameter, boxed or not, a whole layer,
     # or nothing where the parameter is masked.
     return [
-        DimensionNumbers(()) if entry is None else entry
+        entry
         for entry, subtree in zip(entries, subtrees, strict=True)
         for _ in jax.tree.leaves(subtree)
     ]

@@ -320,6 +320,7 @@ def test_abstract_init(make):
     assert_same_types(jax.eval_shape(tx.init, params), tx.init(params))
 
 
+@pytest.mark.filterwarnings("ignore:.*blocks cut across shards")
 @pytest.mark.parametrize(
     ("options", "shape", "spec"),
     [

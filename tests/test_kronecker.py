@@ -148,7 +148,7 @@ def test_quality_of_what_is_singular_up_to_round_off():
     bases = jnp.broadcast_to(jnp.eye(2), factors.shape)
     condition, off_diagonal = _kronecker.quality(factors, bases, None)
     np.testing.assert_allclose(condition, [1e3, np.inf, np.inf])
-    np.testing.assert_array_equal(off_diagonal, 0)
+    np.testing.assert_allclose(off_diagonal, 0, atol=1e-16)
 
 
 def test_what_is_orthonormal():

@@ -14,10 +14,13 @@ ROOMS = {
     "_kronecker": {"_layout"},
     "_tree": {"_arguments", "_layout"},
     "_refresh": {"_kronecker", "_layout"},
-    "_eigenbasis": {"_arguments", "_kronecker", "_layout", "_refresh", "_tree"},
+    "_sharding": {"_layout", "_refresh", "_tree"},
+    "_eigenbasis": {
+        *("_arguments", "_kronecker", "_layout", "_refresh", "_sharding", "_tree"),
+    },
     "_soap": {"_arguments", "_eigenbasis"},
     "_diagnostics": {"_arguments", "_eigenbasis", "_kronecker", "_refresh"},
-    "__init__": {"_diagnostics", "_eigenbasis", "_layout", "_soap"},
+    "__init__": {"_diagnostics", "_eigenbasis", "_layout", "_sharding", "_soap"},
 }
 OUTSIDE = {
     "_layout": {"collections", "dataclasses", "jax", "math", "operator", "typing"},
@@ -66,6 +69,7 @@ def test_public_names():
         "in_eigenbasis",
         "scale_by_soap",
         "soap",
+        "state_sharding",
     }
     for name in public:
         assert getattr(soap_optax, name).__doc__
