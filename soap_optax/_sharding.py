@@ -89,7 +89,8 @@ def state_sharding(
         )
         for leaf, s in zip(leaves, shardings, strict=True)
     ]
-    state = jax.eval_shape(tx.init, treedef.unflatten(typed))
+    with jax.sharding.use_abstract_mesh(explicit):
+        state = jax.eval_shape(tx.init, treedef.unflatten(typed))
 
     def one(array: jax.ShapeDtypeStruct) -> jax.sharding.NamedSharding:
         is_typed = isinstance(array.sharding, NamedSharding)

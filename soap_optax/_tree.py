@@ -277,7 +277,9 @@ def resolve_shardings(
         name = f"params_sharding of {jax.tree_util.keystr(path) or 'the parameter'}"
         if isinstance(sharding, jax.P):
             mesh: Any = jax.sharding.get_abstract_mesh()
-            _arguments.require(name, sharding, f"{rule} (no mesh is set)", bool(mesh))
+            _arguments.require(
+                name, sharding, f"{rule} (no mesh is set)", not mesh.empty
+            )
             _check_names(name, sharding, mesh)
             sharding = jax.sharding.NamedSharding(mesh, sharding)
         is_named = isinstance(sharding, jax.sharding.NamedSharding)

@@ -154,3 +154,369 @@ def test_the_trajectory_is_that_of_one_device(parameters, options, mesh, kind):
     )
     assert int(state[0].refreshes) == (6 if options.get("stagger") else 5)
     assert not any(np.any(n) for n in jax.tree.leaves(state[0].skipped))
+
+
+# --- what the program has -------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("kind", "options"),
+    [
+        (AxisType.Auto, {"weight_decay": 0.1}),
+        (AxisType.Auto, {"stagger": True, "basis": "current"}),
+        (AxisType.Auto, {"refresh": "cholesky_qr", "refresh_tolerance": 0.1}),
+        (AxisType.Auto, {"initial_basis": "identity"}),
+        (AxisType.Explicit, {}),
+    ],
+)
+def test_aligned_blocks_need_no_communication(kind, options):
+    """Nor more than one decomposition, of one block after the other."""
+    mesh = make_mesh(MESHES["3d"], kind)
+    tx = make_soap(ALIGNED, mesh, block_size=4, **options)
+    text = compiled(tx, ALIGNED, mesh).as_text()
+    assert not collectives(text)
+    assert decompositions(text) == ["f32[1,4,4]"]
+    has_eigh = options.get("initial_basis", "eigh") == "eigh"
+    assert ("syev" in text) == has_eigh
+
+
+def test_a_chip_has_its_share_of_the_state():
+    mesh = make_mesh((2, 2, 2))
+    parameters = {"w": ((64, 64), P(("d", "x"), "y")), "s": ((2, 32, 32), P(*"dxy"))}
+    tx = make_soap(parameters, mesh, block_size=8)
+    shapes = abstract(parameters)
+    sharding = state_sharding(tx, shapes, shardings_of(parameters, mesh))
+    state = jax.eval_shape(tx.init, shapes)
+    total = sum(x.size for x in jax.tree.leaves(state))
+    here = sum(
+        np.prod(s.shard_shape(x.shape))
+        for x, s in zip(jax.tree.leaves(state), jax.tree.leaves(sharding), strict=True)
+    )
+    assert here <= 1.02 * total / 8
+
+
+def in_step_and_refresh(text):
+    """The collectives of a step without refresh, and those that a refresh adds."""
+    lines = collections.defaultdict(list)
+    for line in text.splitlines():
+        if start := re.match(r"^(ENTRY )?%(\S+) \(", line):
+            name = "ENTRY" if start[1] else start[2]
+        elif line.startswith(" "):
+            lines[name].append(line)
+
+    def reached(name, without=None):
+        found, to_do = set(), [name]
+        while to_do:
+            if (name := to_do.pop()) not in found and name != without:
+                found.add(name)
+                called = re.findall(r"%([\w.\-]+)", "\n".join(lines[name]))
+                to_do += [other for other in called if other in lines]
+        return "\n".join("\n".join(lines[name]) for name in found)
+
+    branches = re.findall(r"branch_computations=\{%\S+, %(\S+)\}", text)
+    refreshes = {name: reached(name) for name in branches}
+    refreshes = {name: t for name, t in refreshes.items() if "geqrf" in t}
+    refresh = max(refreshes, key=lambda name: len(refreshes[name]))
+    every = collectives(reached("ENTRY", refresh))
+    return every, collectives(reached("ENTRY")) - every
+
+
+GATHER, SUM, SEND = "all-gather", "all-reduce", "collective-permute"
+
+
+@pytest.mark.filterwarnings("ignore:.*blocks cut across shards")
+@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit], ids=str)
+@pytest.mark.parametrize(
+    ("spec", "options", "step", "refresh"),
+    [
+        (P("x", "y"), {"block_size": 6}, {}, {}),
+        (P(), {}, {}, {GATHER: 6}),
+        (P("x", "y"), {"block_size": 8}, {GATHER: 4}, {GATHER: 4}),
+        (
+            P("x", "y"),
+            {},
+            {GATHER: 14, SUM: 8, SEND: 1},
+            {GATHER: 14, SUM: 6, "all-to-all": 6},
+        ),
+    ],
+    ids=["aligned", "replicated", "cut", "unblocked"],
+)
+def test_what_communication_remains(kind, spec, options, step, refresh):
+    """At most. The table is in docs/pods.md."""
+    mesh = make_mesh(MESHES["2d"], kind)
+    matrix = {"w": ((16, 24), spec)}
+    tx = make_soap(matrix, mesh, initial_basis="identity", **options)
+    text = compiled(tx, matrix, mesh).as_text()
+    of_step, of_refresh = in_step_and_refresh(text)
+    assert of_step <= collections.Counter(step)
+    assert of_refresh <= collections.Counter(refresh)
+
+
+def test_each_factor_is_refreshed_on_one_device():
+    """Eight layers on eight devices: one decomposition on each, for each axis."""
+    layers = {f"layer_{i}": ((16, 24), P("x", "y")) for i in range(4)}
+    mesh = make_mesh(MESHES["3d"])
+    tx = make_soap(layers, mesh, initial_basis="identity")
+    program = compiled(tx, layers, mesh)
+    # 4 factors of 16 and 4 of 24: every device has one of either, and not both.
+    owners = exchange_owners(layers, mesh)
+    assert {size: rooms for size, _, rooms in owners} == {16: 1, 24: 1}
+    assert sorted(n for _, devices, _ in owners for n in devices) == list(range(8))
+    found = collectives(program.as_text())
+    # To and fro for factors and eigenbases of each size, in the refresh.
+    assert found["all-to-all"] == 2 * 3
+
+
+def exchange_owners(parameters, mesh):
+    """Of each exchange: the size, the devices that own something, and the rooms."""
+    from soap_optax import _sharding, _tree
+    from soap_optax._layout import make_layout
+
+    leaves, factors = [], []
+    for name, (shape, spec) in parameters.items():
+        layout = make_layout(
+            shape,
+            max_precond_dim=100,
+            merge_dims=False,
+            precondition_1d=False,
+            one_sided=False,
+            block_size=None,
+        )
+        sharding = NamedSharding(mesh, P(*spec, *[None] * (len(shape) - len(spec))))
+        leaves.append(_tree.Leaf((), (name,), layout, jnp.float32, sharding))
+        factors.append(
+            [jax.ShapeDtypeStruct(s, jnp.float32) for s in layout.factor_shapes()]
+        )
+    exchanges = _sharding._exchanges(leaves, factors, [list(range(len(leaves)))])
+    return [
+        (
+            next(factors[i][axis].shape[-1] for i, axis, _ in exchange.owners),
+            [owner for owner, _ in exchange.owners.values()],
+            exchange.rooms,
+        )
+        for exchange in exchanges
+    ]
+
+
+def test_work_is_balanced_by_cost():
+    """One large factor on a device, the small ones on the others."""
+    parameters = {"large": ((64, 8), P()), **{f"w{i}": ((8, 8), P()) for i in range(7)}}
+    owners = exchange_owners(parameters, make_mesh((1, 1, 8)))
+    (_, (of_large,), _), (_, of_small, rooms) = owners
+    assert of_large not in of_small
+    assert rooms == 3  # 15 on the other seven devices
+
+
+# --- shardings of states --------------------------------------------------------------
+
+
+def specs(tree):
+    return jax.tree.map(lambda sharding: sharding.spec, tree)
+
+
+WRAPPERS = {
+    "chain": lambda tx: optax.chain(optax.clip_by_global_norm(1.0), tx),
+    "masked": lambda tx: optax.masked(tx, {"w": True, "s": True, "b": False}),
+    "partition": lambda tx: optax.partition(
+        {"soap": tx, "adam": optax.adamw(1e-3)}, {"w": "soap", "s": "soap", "b": "adam"}
+    ),
+    "multi_steps": lambda tx: optax.MultiSteps(tx, 2),
+    "apply_if_finite": lambda tx: optax.apply_if_finite(tx, 3),
+}
+PARAMETERS = {
+    "w": ((16, 32), P("x", "y")),
+    "s": ((3, 16, 8), P(None, "y", "x")),
+    "b": ((16,), P("x")),
+}
+
+
+@pytest.mark.parametrize("wrapper", [*WRAPPERS, "inject_hyperparams"])
+def test_inside_of_other_transformations(wrapper):
+    """The state is made so, and stays so."""
+    mesh = make_mesh((2, 2, 2))
+    params_sharding = shardings_of(PARAMETERS, mesh)
+    options = {
+        "block_size": 4,
+        "dimension_numbers": lambda params: jax.tree.map(
+            lambda p: STACK if p.ndim > 1 else None, params
+        ),
+        "params_sharding": params_sharding,
+    }
+    if wrapper == "inject_hyperparams":
+        tx = optax.inject_hyperparams(soap_optax.soap, static_args=tuple(options))(
+            learning_rate=optax.linear_schedule(1e-3, 0, 9), **options
+        )
+    else:
+        tx = WRAPPERS[wrapper](soap_optax.soap(1e-3, **options))
+    shapes = abstract(PARAMETERS)
+    sharding = state_sharding(tx, shapes, params_sharding)
+    state = jax.eval_shape(tx.init, shapes)
+    assert jax.tree.structure(sharding) == jax.tree.structure(state)
+    flat = jax.tree_util.tree_flatten_with_path(sharding)[0]
+    for path, one in flat:
+        name = jax.tree_util.keystr(path)
+        if re.search(r"\.(mu|acc_grads)\['s'\]$", name):
+            assert one.spec == P(None, "y", "x")
+        if re.search(r"\.eigenbases\['w'\]\[\d\]$", name):
+            assert one.spec == P("x", "y", None, None)
+        if name.endswith("count"):
+            assert one.spec == P()
+    assert any("eigenbases['w']" in jax.tree_util.keystr(path) for path, _ in flat)
+    params = jax.device_put(
+        {name: jnp.ones(shape) for name, (shape, _) in PARAMETERS.items()},
+        params_sharding,
+    )
+    placed = jax.jit(tx.init, out_shardings=sharding)(params)
+    _, placed = jax.jit(tx.update)(params, placed, params)
+    for array, one in zip(
+        jax.tree.leaves(placed), jax.tree.leaves(sharding), strict=True
+    ):
+        assert array.sharding.is_equivalent_to(one, array.ndim)
+
+
+def test_factors_are_sharded_by_blocks_else_by_rows():
+    mesh = make_mesh((2, 2, 2))
+
+    def spec_of(shape, spec, **options):
+        tx = soap_optax.scale_by_soap(**options)
+        shapes = jax.ShapeDtypeStruct(shape, jnp.float32)
+        state = state_sharding(tx, shapes, NamedSharding(mesh, spec))
+        return [s and s.spec for s in state.factors], state.eigenvalues[0].spec
+
+    rows = P(("x", "y"), None)
+    assert spec_of((16, 8), P("x", "y")) == ([rows, rows], P(None))
+    # Where only some divide: as many as do.
+    assert spec_of((16, 6), P("x", "y"))[0] == [rows, P("x", None)]
+    assert spec_of((16, 5), P("x"))[0] == [P("x", None), P(None, None)]
+    blocks = P("x", "y", None, None)
+    assert spec_of((16, 8), P("x", "y"), block_size=4)[0] == [blocks, blocks]
+    layers = DimensionNumbers((1, 2))
+    stacked = spec_of((4, 16, 8), P("d", "x", None), dimension_numbers=layers)
+    assert stacked[0] == [P("d", "x", None)] * 2
+    heads = DimensionNumbers(((0, 1), 2))
+    merged = spec_of((4, 4, 16), P("x"), dimension_numbers=heads, block_size=8)
+    assert merged[0] == [P("x", None, None, None)] * 2
+
+
+def test_no_array_is_made():
+    mesh = make_mesh((2, 2, 2))
+    huge = {"w": jax.ShapeDtypeStruct((2**20, 2**19), jnp.float32)}
+    sharding = {"w": NamedSharding(mesh, P("x", "y"))}
+    state = state_sharding(soap_optax.soap(1e-3, block_size=512), huge, sharding)
+    assert state[0].eigenbases["w"][1].spec == P("x", "y", None, None)
+    assert state_sharding(optax.adamw(1e-3), {}, {}) is not None
+
+
+def test_adam_alone_and_meshes_of_jax_set_mesh():
+    mesh = make_mesh((2, 2, 2))
+    params = abstract(PARAMETERS)
+    by_spec = {name: spec for name, (_, spec) in PARAMETERS.items()}
+    with jax.set_mesh(mesh):
+        state = state_sharding(optax.adamw(1e-3), params, by_spec)
+        jax.jit(optax.adamw(1e-3).init, out_shardings=state)(params_of(params))
+    assert specs(state[0].mu) == by_spec and state[0].count.spec == P()
+
+
+def params_of(shapes):
+    return jax.tree.map(lambda x: jnp.ones(x.shape, x.dtype), shapes)
+
+
+def test_flax_boxes_and_logical_axes():
+    mesh = make_mesh((1, 2, 4))
+    rules = (("in", "x"), ("out", "y"))
+    init = nn.with_logical_partitioning(nn.initializers.lecun_normal(), ("in", "out"))
+    model = nn.Dense(32, kernel_init=init)
+    boxed = jax.eval_shape(model.init, jax.random.key(0), jnp.ones((2, 16)))["params"]
+    logical = nn.get_partition_spec(boxed)
+    params_sharding = nn.logical_to_mesh_sharding(logical, mesh, rules)
+    tx = soap_optax.soap(1e-3, block_size=4, params_sharding=params_sharding)
+    for params in (boxed, nn.unbox(boxed)):
+        sharding = state_sharding(tx, params, params_sharding)
+        basis = sharding[0].eigenbases["kernel"][0]
+        assert basis.spec == P("x", "y", None, None)
+        is_box = lambda node: isinstance(node, nn.meta.AxisMetadata)  # noqa: E731
+        unboxed = jax.tree.map(
+            nn.meta.unbox, sharding[0].inner_state.mu, is_leaf=is_box
+        )
+        assert specs(unboxed) == {"kernel": P("x", "y"), "bias": P(None)}
+        real = params_of(params)
+        state = jax.jit(tx.init, out_shardings=sharding)(real)
+        jax.jit(tx.update)(real, state, real)
+
+
+def test_nnx_optimizer():
+    mesh = make_mesh((1, 2, 4))
+    init = nnx.with_partitioning(nnx.initializers.lecun_normal(), ("x", "y"))
+    with jax.set_mesh(mesh):
+        model = nnx.Linear(16, 32, kernel_init=init, rngs=nnx.Rngs(0))
+        params = nnx.state(model, nnx.Param)
+        params_sharding = nnx.get_partition_spec(params)
+        tx = soap_optax.soap(
+            1e-3, block_size=4, params_sharding=lambda _: params_sharding
+        )
+        sharding = state_sharding(tx, params, params_sharding)
+        assert sharding[0].eigenbases["kernel"][0].spec == P("x", "y", None, None)
+        state = jax.jit(tx.init, out_shardings=sharding)(params)
+        jax.jit(tx.update)(params, state, params)
+
+
+# --- bad input ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("where", ["state_sharding", "update"])
+@pytest.mark.parametrize(
+    ("sharding", "message"),
+    [
+        (lambda mesh: {"w": P("x", "z")}, r"\['w'\] must be of mesh axes .*z"),
+        (lambda mesh: {"v": P("x")}, "must be a tree with the structure"),
+        (lambda mesh: {"w": P("x", "y", "d")}, r"\['w'\] must be of at most 2 axes"),
+        (lambda mesh: {"w": P(None, "y")}, r"\['w'\] must be such that 4 shards"),
+        (lambda mesh: {"w": "x"}, "must be a NamedSharding or"),
+        (lambda mesh: {"w": None}, r"\['w'\] must be a NamedSharding or"),
+        (
+            lambda mesh: {"w": jax.sharding.SingleDeviceSharding(jax.devices()[0])},
+            r"\['w'\] must be a NamedSharding or",
+        ),
+    ],
+)
+def test_shardings_that_do_not_fit(where, sharding, message):
+    mesh = make_mesh((1, 2, 4))
+    params = {"w": jnp.ones((8, 6))}
+    with jax.set_mesh(mesh), pytest.raises(ValueError, match=message):
+        if where == "state_sharding":
+            state_sharding(soap_optax.soap(1e-3), params, sharding(mesh))
+        else:
+            soap_optax.soap(1e-3, params_sharding=sharding(mesh)).init(params)
+
+
+def test_two_meshes():
+    params_sharding = {
+        "v": NamedSharding(make_mesh((1, 2, 4)), P("x")),
+        "w": NamedSharding(make_mesh((2, 2, 2)), P("x")),
+    }
+    params = {name: jnp.ones((8, 6)) for name in params_sharding}
+    with pytest.raises(ValueError, match=r"\['w'\] must be on the same mesh"):
+        state_sharding(soap_optax.soap(1e-3), params, params_sharding)
+    with pytest.raises(ValueError, match=r"\['v'\] must be .*no mesh is set"):
+        state_sharding(soap_optax.soap(1e-3), params, {"v": P("x"), "w": P("x")})
+
+
+@pytest.mark.parametrize(
+    ("shape", "spec", "options", "message"),
+    [
+        ((64,) * 2, P("x"), {}, "axis 0 of size 64 has blocks of 32 and shards of 8"),
+        ((64,) * 2, P("x"), {}, "block_size=8 would fit"),
+        (
+            (4, 16, 64),
+            P(None, "x"),
+            {"dimension_numbers": DimensionNumbers(((0, 1), 2))},
+            "only the first of merged axes",
+        ),
+    ],
+)
+def test_blocks_that_cut_across_shards_are_reported(shape, spec, options, message):
+    mesh = make_mesh((1, 8, 1))
+    tx = soap_optax.soap(1e-3, block_size=32, **options)
+    params = {"w": jax.ShapeDtypeStruct(shape, jnp.float32)}
+    with pytest.warns(UserWarning, match=rf"\['w'\].*{message}"):
+        state_sharding(tx, params, {"w": NamedSharding(mesh, spec)})

@@ -1,0 +1,217 @@
+"""Compiles whole training steps for TPU pods, without a TPU, and counts.
+
+    python benchmarks/pods.py --out docs/results
+
+For each row of the table: the bytes of the optimizer's state and of temporaries on a
+chip, the collectives of the optimizer (its update compiled alone, without the clipping
+by global norm before it, whose sums cross all chips), and what compiling took. Needs
+the `libtpu` package; runs on a machine with nothing but CPUs.
+"""
+
+import os
+
+os.environ["JAX_PLATFORMS"] = "cpu"
+os.environ["TPU_SKIP_MDS_QUERY"] = "1"
+
+import csv
+import dataclasses
+import math
+import re
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import tyro
+from flax.training.train_state import TrainState
+from jax.experimental import topologies
+from jax.sharding import AxisType, Mesh, NamedSharding
+
+sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
+import train_lm
+
+
+@dataclasses.dataclass(frozen=True)
+class Pod:
+    """A model on a topology: how it is cut, and into blocks of which size."""
+
+    preset: str
+    topology: str
+    mesh: tuple[int, int, int]
+    block_size: int
+    vocab: int = 32_128
+    remat: bool = False
+
+    @property
+    def config(self) -> train_lm.Config:
+        """One sequence for each group of chips that share one."""
+        return train_lm.Config(
+            preset=self.preset,
+            mesh=self.mesh,
+            batch=self.mesh[0] * self.mesh[1],
+            vocab=self.vocab,
+            bf16=True,
+            scan=True,
+            remat=self.remat,
+            initial_basis="identity",
+            block_size=self.block_size,
+        )
+
+
+PODS = {
+    "360m": Pod("360m", "v5e:4x4", (1, 4, 4), 256),
+    "660m": Pod("660m", "v5e:4x4", (1, 4, 4), 352),
+    # The vocabulary of 128,256 rounded up, such that blocks of 128 fit its shards.
+    "llama-8b": Pod("llama-8b", "v5p:8x8x4", (1, 32, 8), 128, 131_072, remat=True),
+}
+OPTIMIZERS = {
+    "adamw": {"optimizer": "adamw"},
+    "soap qr": {"refresh": "qr"},
+    "soap cholesky_qr": {"refresh": "cholesky_qr"},
+    "soap no blocks": {"block_size": None},
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Check:
+    """What to compile."""
+
+    out: Path = Path("runs/pods")
+    pods: tuple[str, ...] = tuple(PODS)
+    optimizers: tuple[str, ...] = ("adamw", "soap qr")
+    step: bool = True
+    """Compile the training step, too."""
+
+
+def make_mesh(pod: Pod) -> Mesh:
+    """The mesh of a topology whose chips need not be there."""
+    devices = topologies.get_topology_desc(pod.topology, platform="tpu").devices
+    kinds = (AxisType.Auto,) * len(train_lm.AXES)
+    return Mesh(np.array(devices).reshape(pod.mesh), train_lm.AXES, axis_types=kinds)
+
+
+def abstract_state(config: train_lm.Config, mesh: Mesh, tx: Any) -> TrainState:
+    """The shapes and shardings of a training state."""
+    model = train_lm.make_model(config)
+    state = jax.eval_shape(
+        lambda: TrainState.create(
+            apply_fn=model.apply,
+            params=model.init(jax.random.key(0), jnp.zeros((1, 8), jnp.int32))[
+                "params"
+            ],
+            tx=tx,
+        )
+    )
+    shardings = train_lm.state_shardings(mesh, state)
+    return jax.tree.map(lambda x, s: x.update(sharding=s), state, shardings)
+
+
+def bytes_of(shapes: Any, *, on_a_chip: bool) -> int:
+    """Of all arrays, together or the parts of one chip."""
+    return sum(
+        math.prod(x.sharding.shard_shape(x.shape) if on_a_chip else x.shape)
+        * x.dtype.itemsize
+        for x in jax.tree.leaves(shapes)
+    )
+
+
+def collectives(text: str) -> dict[str, tuple[int, int]]:
+    """Of a compiled program: for each kind how many, and the bytes of their results."""
+    kinds = "all-reduce|all-gather|all-to-all|reduce-scatter|collective-permute"
+    found: dict[str, tuple[int, int]] = {}
+    for result, kind in re.findall(rf"= (.*?) ({kinds})(?:-start)?\(", text):
+        sizes = [
+            math.prod(int(n) for n in shape.split(",") if n) * width(dtype)
+            for dtype, shape in re.findall(r"([a-z]+\d+)\[([\d,]*)\]", result)
+        ]
+        count, total = found.get(kind, (0, 0))
+        found[kind] = count + 1, total + sum(sizes)
+    return found
+
+
+def width(dtype: str) -> int:
+    """Bytes of an element."""
+    return max(1, int(re.sub(r"\D", "", dtype)) // 8)
+
+
+def timed(lowered: Any) -> tuple[float, Any]:
+    """Seconds of compiling, and the program."""
+    since = time.perf_counter()
+    program = lowered.compile()
+    return time.perf_counter() - since, program
+
+
+def row_of(pod: Pod, name: str, *, whole_step: bool) -> dict[str, Any]:
+    config = dataclasses.replace(pod.config, **OPTIMIZERS[name]).filled()
+    mesh = make_mesh(pod)
+    chips = math.prod(pod.mesh)
+
+    alone = abstract_state(config, mesh, tx := train_lm.make_unclipped(config, mesh))
+    shardings = jax.tree.map(lambda x: x.sharding, (alone.params, alone.opt_state))
+    update = jax.jit(tx.update, donate_argnums=1, out_shardings=shardings)
+    seconds, program = timed(update.lower(alone.params, alone.opt_state, alone.params))
+    found = collectives(program.as_text())
+    memory = program.memory_analysis()
+    state = bytes_of(alone.opt_state, on_a_chip=True)
+    total = bytes_of(alone.opt_state, on_a_chip=False)
+    row = {
+        "model": pod.preset,
+        "parameters_m": sum(x.size for x in jax.tree.leaves(alone.params)) / 1e6,
+        "topology": pod.topology,
+        "mesh": " x ".join(map(str, pod.mesh)),
+        "optimizer": name,
+        "block_size": config.block_size if "soap" in name else None,
+        "state_mb_a_chip": state / 1e6,
+        "state_over_share": state / (total / chips),
+        "temporary_mb_a_chip": memory.temp_size_in_bytes / 1e6,
+        "collectives": "; ".join(f"{n} {k}" for k, (n, _) in found.items()) or 0,
+        "collectives_mb": sum(size for _, size in found.values()) / 1e6,
+        "program_mb": memory.generated_code_size_in_bytes / 1e6,
+        "compile_s": seconds,
+    }
+    if not whole_step:
+        return row
+    model = train_lm.make_model(config, mesh)
+    whole = abstract_state(config, mesh, train_lm.make_optimizer(config, mesh))
+    tokens = jax.ShapeDtypeStruct((1, config.batch, config.context + 1), jnp.int32)
+    spread = NamedSharding(mesh, train_lm.batch_sharding(mesh, 3).spec)
+    step = train_lm.jit_step(config, model, whole)
+    seconds, program = timed(step.lower(whole, tokens.update(sharding=spread)))
+    memory = program.memory_analysis()
+    return {
+        **row,
+        "step_temporary_mb_a_chip": memory.temp_size_in_bytes / 1e6,
+        "step_program_mb": memory.generated_code_size_in_bytes / 1e6,
+        "step_compile_s": seconds,
+    }
+
+
+def show(value: Any) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def main(check: Check) -> None:
+    for given, known in ((check.pods, PODS), (check.optimizers, OPTIMIZERS)):
+        if set(given) - set(known):
+            sys.exit(f"error: must be of {', '.join(known)}, got {', '.join(given)}")
+    check.out.mkdir(parents=True, exist_ok=True)
+    path = check.out / "pods.csv"
+    rows: list[dict[str, Any]] = []
+    for pod in check.pods:
+        for name in check.optimizers:
+            about = {"jax": jax.__version__, "cores": os.cpu_count()}
+            row = row_of(PODS[pod], name, whole_step=check.step) | about
+            rows.append({key: show(value) for key, value in row.items()})
+            print("  ".join(f"{k} {v}" for k, v in rows[-1].items()), flush=True)
+            with path.open("w", newline="") as file:
+                fields = dict.fromkeys(key for row in rows for key in row)
+                writer = csv.DictWriter(file, list(fields))
+                writer.writeheader()
+                writer.writerows(rows)
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Check, description=__doc__))
