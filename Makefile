@@ -3,17 +3,20 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: help setup train sweep reliability bench test test-slow test-oldest lint format clean
+.PHONY: help setup train train-sharded sweep reliability bench tpu-check test \
+	test-slow test-oldest lint format clean
 
 help:
-	@echo "make train        SOAP beside AdamW on a small language model, with a plot"
-	@echo "make test         lint, types and tests"
-	@echo "make test-slow    every combination of options, 2,000 random cases, long runs"
-	@echo "make sweep        the sweep that tuned both optimizers of make train"
-	@echo "make reliability  the figures of docs/reliability.md"
-	@echo "make bench        times and memory of steps, refreshes and compilation"
-	@echo "make test-oldest  the tests on the oldest supported JAX and optax"
-	@echo "make format       format the code"
+	@echo "make train          SOAP beside AdamW on a small language model, with a plot"
+	@echo "make train-sharded  the language model on a mesh of 8 virtual devices"
+	@echo "make test           lint, types and tests"
+	@echo "make test-slow      every combination of options, 2,000 random cases, long runs"
+	@echo "make sweep          the sweep that tuned both optimizers of make train"
+	@echo "make reliability    the figures of docs/reliability.md"
+	@echo "make bench          times and memory of steps, refreshes and compilation"
+	@echo "make tpu-check      training steps compiled for TPU pods, without a TPU"
+	@echo "make test-oldest    the tests on the oldest supported JAX and optax"
+	@echo "make format         format the code"
 	@echo "PYTHON=python3.12 VENV=.venv-3.12 choose another interpreter."
 
 setup: $(VENV)/.installed
@@ -28,6 +31,12 @@ $(VENV)/.installed: pyproject.toml
 train: setup
 	$(BIN)/python examples/compare_lm.py
 
+train-sharded: setup
+	XLA_FLAGS=--xla_force_host_platform_device_count=8 JAX_PLATFORMS=cpu \
+		$(BIN)/python examples/train_lm.py --mesh 2 2 2 --scan --block-size 32 \
+		--steps 40 --warmup 10 --eval-every 10 --eval-batches 2 \
+		--metrics runs/sharded.csv
+
 sweep: setup
 	$(BIN)/python examples/compare_lm.py --sweep --out runs/sweep
 
@@ -38,6 +47,12 @@ bench: setup
 	$(BIN)/python benchmarks/steps.py --out docs/results
 	$(BIN)/python benchmarks/steps.py --out docs/results --preset 24-layers \
 		--rows soap --parts steps --cycles 1
+
+# In an environment of its own: where libtpu is installed, JAX looks for TPUs.
+tpu-check:
+	$(MAKE) setup VENV=.venv-tpu
+	.venv-tpu/bin/python -m pip install --quiet libtpu
+	.venv-tpu/bin/python benchmarks/pods.py --out docs/results
 
 lint: setup
 	$(BIN)/ruff format --check .

@@ -3,15 +3,21 @@
     python examples/train_lm.py --preset tiny --optimizer soap
     python examples/train_lm.py --data corpus.bin --preset 360m --bf16 --accumulate 8
     python examples/train_lm.py --checkpoint-dir ckpt --resume
+    python examples/train_lm.py --preset 660m --scan --mesh 1 8 1 --block-size 256
 
-One file, to be read from top to bottom and copied: model, data, optimizers, one jitted
-step, loop. The architecture is that of the SOAP paper's experiments (pre-norm, RoPE,
-QK-norm, GELU MLP of 4x the width, no biases, z-loss), in Flax.
+One file, to be read from top to bottom and copied: devices, model, data, optimizers,
+one jitted step, loop. The architecture is that of the SOAP paper's experiments
+(pre-norm, RoPE, QK-norm, GELU MLP of 4x the width, no biases, z-loss), in Flax.
+
+On several devices (`--mesh`) the batch is split over the axes data and fsdp, matrices
+over fsdp and tensor, and the state of the optimizer as they are. A checkpoint continues
+on any mesh. With several processes (`--distributed`) each of them runs the command.
 """
 
 import csv
 import dataclasses
 import functools
+import math
 import sys
 import sysconfig
 import time
@@ -27,6 +33,8 @@ import optax
 import orbax.checkpoint as ocp
 import tyro
 from flax.training.train_state import TrainState
+from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
 from tqdm import tqdm
 
 import soap_optax
@@ -34,7 +42,7 @@ import soap_optax
 
 @dataclasses.dataclass(frozen=True)
 class Preset:
-    """Size of a model and of its batches; the paper's for the three large ones."""
+    """Size of a model and of its batches; the paper's for 210m, 360m and 660m."""
 
     depth: int
     width: int
@@ -43,6 +51,13 @@ class Preset:
     batch: int
     steps: int
     warmup: int
+    kv_heads: int | None = None
+    """Heads of keys and values; None: as many as of queries."""
+    mlp: int | None = None
+    """Width of the MLP; None: 4x the width."""
+    gated: bool = False
+    """Whether the MLP is a SwiGLU."""
+    vocab: int | None = None
 
 
 PRESETS = {
@@ -50,6 +65,17 @@ PRESETS = {
     "210m": Preset(12, 1024, 64, context=1024, batch=2048, steps=3200, warmup=600),
     "360m": Preset(24, 1024, 64, context=1024, batch=2048, steps=3200, warmup=600),
     "660m": Preset(24, 1408, 64, context=1024, batch=2048, steps=3200, warmup=600),
+    "llama-8b": Preset(
+        *(32, 4096, 128),
+        context=8192,
+        batch=512,
+        steps=100_000,
+        warmup=2000,
+        kv_heads=8,
+        mlp=14336,
+        gated=True,
+        vocab=128_256,
+    ),
 }
 
 # Learning rate and b2: of soap and adamw those with the lowest loss in `make sweep` (on
@@ -66,13 +92,14 @@ TUNED = {
 class Config:
     """What to train, on what, and how."""
 
-    preset: Literal["tiny", "210m", "360m", "660m"] = "tiny"
+    preset: Literal["tiny", "210m", "360m", "660m", "llama-8b"] = "tiny"
     optimizer: Literal["soap", "adamw", "muon", "lion"] = "soap"
     data: str = "stdlib"
     """A file, a folder, a `.bin` of uint16 tokens, or `stdlib`: the source files of
     Python's standard library. All but `.bin` are read as bytes."""
     vocab: int | None = None
-    """Size of the vocabulary; None: 256 for bytes, 32128 (T5's) for a `.bin`."""
+    """Size of the vocabulary; None: the preset's, or 256 for bytes, 32128 (T5's) for a
+    `.bin`."""
     learning_rate: float | None = None
     """Peak; None: the tuned one of the optimizer on the tiny preset."""
     b1: float = 0.95
@@ -81,6 +108,8 @@ class Config:
     clip: float = 1.0
     """Global norm at which gradients are clipped."""
     precondition_frequency: int = 10
+    refresh: Literal["qr", "cholesky_qr", "eigh"] = "qr"
+    initial_basis: Literal["eigh", "identity"] = "eigh"
     block_size: int | None = None
     rcond: float | None = None
     """Damping of directions that are round-off; None: SOAP's default, 0: off."""
@@ -93,6 +122,18 @@ class Config:
     """Micro-batches per step."""
     bf16: bool = False
     """Compute in bfloat16; parameters and optimizer stay in float32."""
+    scan: bool = False
+    """Layers as one stack, `[depth, …]`, compiled once."""
+    remat: bool = False
+    """Compute a layer once more for its gradients, in place of keeping all of it."""
+    mesh: tuple[int, int, int] | None = None
+    """Devices along the axes data, fsdp and tensor; None: one device."""
+    distributed: bool = False
+    """Be one of several processes, which JAX finds on a cluster."""
+    coordinator: str | None = None
+    """Elsewhere, the `host:port` of the first process."""
+    processes: int | None = None
+    process_id: int | None = None
     z_loss: float = 1e-4
     seed: int = 0
     eval_every: int = 25
@@ -111,7 +152,7 @@ class Config:
         preset = PRESETS[self.preset]
         learning_rate, b2 = TUNED[self.optimizer]
         defaults = {
-            "vocab": 32128 if self.data.endswith(".bin") else 256,
+            "vocab": preset.vocab or (32128 if self.data.endswith(".bin") else 256),
             "learning_rate": learning_rate,
             "b2": b2,
             "steps": preset.steps,
@@ -138,6 +179,115 @@ class Config:
                 f"--accumulate must divide the batch of {self.batch}, got "
                 f"{self.accumulate}"
             )
+        self.check_devices()
+
+    @property
+    def shards(self) -> int:
+        """Into how many parts devices split a batch."""
+        return 1 if self.mesh is None else math.prod(self.mesh[:2])
+
+    def check_devices(self) -> None:
+        """Refuses a mesh that does not fit the batch, and processes without a mesh."""
+        if self.mesh is not None and min(self.mesh) < 1:
+            raise ValueError(f"--mesh must be of sizes above 0, got {self.mesh}")
+        micro_batch = self.batch // self.accumulate
+        if micro_batch % self.shards:
+            raise ValueError(
+                f"--mesh must have data * fsdp that divides the micro-batch of "
+                f"{micro_batch}, got {self.mesh[0]} * {self.mesh[1]}"
+            )
+        if self.distributed and self.mesh is None:
+            raise ValueError("--distributed needs --mesh, got none")
+        for name in ("coordinator", "processes", "process_id"):
+            if not self.distributed and getattr(self, name) is not None:
+                option = name.replace("_", "-")
+                raise ValueError(
+                    f"--{option} needs --distributed, got {getattr(self, name)} alone"
+                )
+
+
+# --- devices -------------------------------------------------------------------------
+
+AXES = ("data", "fsdp", "tensor")
+BATCH_AXES = ("data", "fsdp")
+# The axes of the mesh that split a matrix, by a name on the path to it. All else is on
+# every device.
+SPLITS = {
+    "embed": ("tensor", "fsdp"),
+    "query": ("fsdp", "tensor"),
+    "key": ("fsdp", "tensor"),
+    "value": ("fsdp", "tensor"),
+    "attention_out": ("tensor", "fsdp"),
+    "mlp_in": ("fsdp", "tensor"),
+    "mlp_gate": ("fsdp", "tensor"),
+    "mlp_out": ("tensor", "fsdp"),
+    "unembed": ("fsdp", "tensor"),
+}
+
+
+def make_mesh(config: Config, devices: Any = None) -> Mesh | None:
+    """The mesh of all devices, of all processes, or None if there is to be none."""
+    if config.mesh is None:
+        return None
+    devices = jax.devices() if devices is None else devices
+    if math.prod(config.mesh) != len(devices):
+        raise ValueError(
+            f"--mesh must be of all {len(devices)} devices, got {config.mesh}"
+        )
+    kinds = (AxisType.Auto,) * len(AXES)
+    return jax.make_mesh(config.mesh, AXES, axis_types=kinds, devices=devices)
+
+
+def names(path: tuple[Any, ...]) -> list[str]:
+    return [key.key for key in path]
+
+
+def param_shardings(mesh: Mesh, params: Any) -> Any:
+    """Shardings of parameters or their shapes, by `SPLITS` of the last two axes.
+
+    An axis that cannot be cut into equal parts stays whole.
+    """
+
+    def one(path, param):
+        axes = next((SPLITS[name] for name in names(path) if name in SPLITS), ())
+        axes = (None,) * (param.ndim - len(axes)) + axes
+        spec = [
+            axis if axis and size % mesh.shape[axis] == 0 else None
+            for size, axis in zip(param.shape, axes, strict=True)
+        ]
+        return NamedSharding(mesh, P(*spec))
+
+    return jax.tree_util.tree_map_with_path(one, params)
+
+
+def state_shardings(mesh: Mesh, state: TrainState) -> TrainState:
+    """Shardings of a state or its shapes: the optimizer's follow the parameters'."""
+    params = param_shardings(mesh, state.params)
+    return state.replace(
+        step=NamedSharding(mesh, P()),
+        params=params,
+        opt_state=soap_optax.state_sharding(state.tx, state.params, params),
+    )
+
+
+def batch_sharding(mesh: Mesh, ndim: int) -> NamedSharding:
+    """The sharding of tokens `[…, batch, time]`."""
+    return NamedSharding(mesh, P(*(None,) * (ndim - 2), BATCH_AXES))
+
+
+def on_mesh(tokens: np.ndarray, mesh: Mesh | None) -> np.ndarray | jax.Array:
+    """Tokens `[…, batch, time]`, of which every process hands out its own rows."""
+    if mesh is None:
+        return tokens
+    sharding = batch_sharding(mesh, tokens.ndim)
+    return jax.make_array_from_callback(tokens.shape, sharding, tokens.__getitem__)
+
+
+def split(x: jax.Array, mesh: Mesh | None, *axes: Any) -> jax.Array:
+    """An array within a program, split over these axes of the mesh."""
+    if mesh is None:
+        return x
+    return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, P(*axes)))
 
 
 # --- model ---------------------------------------------------------------------------
@@ -158,6 +308,10 @@ class Block(nn.Module):
 
     head_dim: int
     dtype: Any
+    kv_heads: int | None = None
+    mlp: int | None = None
+    gated: bool = False
+    mesh: Mesh | None = None
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -168,16 +322,22 @@ class Block(nn.Module):
         norm = lambda name: nn.LayerNorm(  # noqa: E731
             use_bias=False, dtype=self.dtype, name=name
         )
-        split = lambda y: y.reshape(*y.shape[:2], -1, self.head_dim)  # noqa: E731
+        heads = lambda y: y.reshape(*y.shape[:2], -1, self.head_dim)  # noqa: E731
+        kv_width = self.kv_heads * self.head_dim if self.kv_heads else width
+        sizes = {"query": width, "key": kv_width, "value": kv_width}
         y = norm("attention_norm")(x)
-        query, key, value = (
-            split(linear(width, n)(y)) for n in ("query", "key", "value")
-        )
+        query, key, value = (heads(linear(size, n)(y)) for n, size in sizes.items())
         query, key = rotary(norm("query_norm")(query)), rotary(norm("key_norm")(key))
         y = jax.nn.dot_product_attention(query, key, value, is_causal=True)
         x = x + linear(width, "attention_out")(y.reshape(x.shape))
-        y = linear(4 * width, "mlp_in")(norm("mlp_norm")(x))
-        return x + linear(width, "mlp_out")(nn.gelu(y))
+        y = norm("mlp_norm")(x)
+        hidden = linear(self.mlp or 4 * width, "mlp_in")(y)
+        if self.gated:
+            hidden = nn.silu(linear(hidden.shape[-1], "mlp_gate")(y)) * hidden
+        else:
+            hidden = nn.gelu(hidden)
+        x = x + linear(width, "mlp_out")(hidden)
+        return split(x, self.mesh, BATCH_AXES)
 
 
 class Transformer(nn.Module):
@@ -188,12 +348,34 @@ class Transformer(nn.Module):
     width: int
     head_dim: int
     dtype: Any = jnp.float32
+    kv_heads: int | None = None
+    mlp: int | None = None
+    gated: bool = False
+    scan: bool = False
+    remat: bool = False
+    mesh: Mesh | None = None
 
     @nn.compact
     def __call__(self, tokens: jax.Array) -> jax.Array:
-        x = nn.Embed(self.vocab, self.width, dtype=self.dtype, name="embed")(tokens)
-        for i in range(self.depth):
-            x = Block(self.head_dim, self.dtype, name=f"block_{i}")(x)
+        table = nn.Embed(self.vocab, self.width, name="embed").embedding
+        table = split(table.astype(self.dtype), self.mesh, P.UNCONSTRAINED, None)
+        x = split(jnp.take(table, tokens, axis=0), self.mesh, BATCH_AXES)
+        kind = nn.remat(Block, prevent_cse=not self.scan) if self.remat else Block
+        block = functools.partial(
+            *(kind, self.head_dim, self.dtype, self.kv_heads, self.mlp, self.gated),
+            mesh=self.mesh,
+        )
+        if self.scan:
+            stack = nn.scan(
+                lambda layer, x: (layer(x), None),
+                variable_axes={"params": 0},
+                split_rngs={"params": True},
+                length=self.depth,
+            )
+            x, _ = stack(block(name="blocks"), x)
+        else:
+            for i in range(self.depth):
+                x = block(name=f"block_{i}")(x)
         x = nn.LayerNorm(use_bias=False, dtype=self.dtype, name="final_norm")(x)
         logits = nn.Dense(self.vocab, use_bias=False, dtype=self.dtype, name="unembed")(
             x
@@ -201,10 +383,18 @@ class Transformer(nn.Module):
         return logits.astype(jnp.float32)
 
 
-def make_model(config: Config) -> Transformer:
+def make_model(config: Config, mesh: Mesh | None = None) -> Transformer:
     preset = PRESETS[config.preset]
-    dtype = jnp.bfloat16 if config.bf16 else jnp.float32
-    return Transformer(config.vocab, preset.depth, preset.width, preset.head_dim, dtype)
+    return Transformer(
+        *(config.vocab, preset.depth, preset.width, preset.head_dim),
+        dtype=jnp.bfloat16 if config.bf16 else jnp.float32,
+        kv_heads=preset.kv_heads,
+        mlp=preset.mlp,
+        gated=preset.gated,
+        scan=config.scan,
+        remat=config.remat,
+        mesh=mesh,
+    )
 
 
 # --- data ----------------------------------------------------------------------------
@@ -284,17 +474,40 @@ class Corpus:
 # --- optimizers ----------------------------------------------------------------------
 
 
-def muon_dimension_numbers(params: Any) -> Any:
-    """Muon for the hidden matrices, its Adam for all else."""
+def is_matrix(path: tuple[Any, ...], param: Any) -> bool:
+    """Whether a parameter is a matrix, or such of all layers in a stack."""
+    return param.ndim == (3 if "blocks" in names(path) else 2)
+
+
+def soap_dimension_numbers(params: Any) -> Any:
+    """The last two axes of matrices, thus each layer of a stack for itself."""
 
     def one(path, param):
-        hidden = any("block" in str(key) for key in path) and param.ndim == 2
-        return optax.contrib.MuonDimensionNumbers() if hidden else None
+        return soap_optax.DimensionNumbers((-2, -1)) if is_matrix(path, param) else None
 
     return jax.tree_util.tree_map_with_path(one, params)
 
 
-def make_optimizer(config: Config) -> optax.GradientTransformation:
+def muon_dimension_numbers(params: Any) -> Any:
+    """Muon for the hidden matrices, its Adam for all else."""
+
+    def one(path, param):
+        hidden = names(path)[0].startswith("block") and is_matrix(path, param)
+        return optax.contrib.MuonDimensionNumbers(-2, -1) if hidden else None
+
+    return jax.tree_util.tree_map_with_path(one, params)
+
+
+def make_optimizer(
+    config: Config, mesh: Mesh | None = None
+) -> optax.GradientTransformation:
+    clip = optax.clip_by_global_norm(config.clip)
+    return optax.chain(clip, make_unclipped(config, mesh))
+
+
+def make_unclipped(
+    config: Config, mesh: Mesh | None = None
+) -> optax.GradientTransformation:
     schedule = optax.warmup_cosine_decay_schedule(
         0.0,
         config.learning_rate,
@@ -304,19 +517,23 @@ def make_optimizer(config: Config) -> optax.GradientTransformation:
     )
     decay = {"weight_decay": config.weight_decay}
     if config.optimizer == "soap":
-        optimizer = soap_optax.soap(
+        return soap_optax.soap(
             schedule,
             config.b1,
             config.b2,
             **decay,
             precondition_frequency=config.precondition_frequency,
+            refresh=config.refresh,
+            initial_basis=config.initial_basis,
             block_size=config.block_size,
+            dimension_numbers=soap_dimension_numbers,
             rcond=config.rcond,
+            params_sharding=mesh and functools.partial(param_shardings, mesh),
         )
-    elif config.optimizer == "adamw":
-        optimizer = optax.adamw(schedule, config.b1, config.b2, **decay)
-    elif config.optimizer == "muon":
-        optimizer = optax.contrib.muon(
+    if config.optimizer == "adamw":
+        return optax.adamw(schedule, config.b1, config.b2, **decay)
+    if config.optimizer == "muon":
+        return optax.contrib.muon(
             schedule,
             adam_b1=config.b1,
             adam_b2=config.b2,
@@ -324,9 +541,7 @@ def make_optimizer(config: Config) -> optax.GradientTransformation:
             muon_weight_dimension_numbers=muon_dimension_numbers,
             consistent_rms=0.2,
         )
-    else:
-        optimizer = optax.lion(schedule, config.b1, config.b2, **decay)
-    return optax.chain(optax.clip_by_global_norm(config.clip), optimizer)
+    return optax.lion(schedule, config.b1, config.b2, **decay)
 
 
 # --- training ------------------------------------------------------------------------
@@ -364,13 +579,30 @@ def train_step(
 
 
 def make_state(config: Config, model: Transformer) -> TrainState:
+    """The first state, made where it belongs: no device of a mesh has all of it."""
     tokens = jnp.zeros((1, 8), jnp.int32)
+    tx = make_optimizer(config, model.mesh)
     init = lambda key: TrainState.create(  # noqa: E731
         apply_fn=model.apply,
-        params=model.init(key, tokens)["params"],
-        tx=make_optimizer(config),
+        params=model.clone(mesh=None).init(key, tokens)["params"],
+        tx=tx,
     )
-    return jax.jit(init)(jax.random.key(config.seed))
+    key = jax.random.key(config.seed)
+    shardings = None
+    if model.mesh is not None:
+        shardings = state_shardings(model.mesh, jax.eval_shape(init, key))
+    return jax.jit(init, out_shardings=shardings)(key)
+
+
+def jit_step(
+    config: Config, model: Transformer, state: TrainState
+) -> jax.stages.Wrapped:
+    """`train_step` in place, for states like this one, of arrays or of their shapes."""
+    step_fn = functools.partial(train_step, model=model, z_loss=config.z_loss)
+    shardings = None
+    if model.mesh is not None:
+        shardings = (state_shardings(model.mesh, state), NamedSharding(model.mesh, P()))
+    return jax.jit(step_fn, donate_argnums=0, out_shardings=shardings)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -438,14 +670,15 @@ def train(config: Config) -> Iterator[Row]:
     """Trains and yields a row of metrics at every evaluation."""
     config = config.filled()
     corpus = Corpus(read_tokens(config.data), config)
-    model = make_model(config)
+    mesh = make_mesh(config)
+    model = make_model(config, mesh)
     manager, state, seconds = open_checkpoints(config, make_state(config, model))
-    step_fn = functools.partial(train_step, model=model, z_loss=config.z_loss)
-    step_fn = jax.jit(step_fn, donate_argnums=0)
-    step_fn = step_fn.lower(state, corpus.micro_batches(0)).compile()
+    step_fn = jit_step(config, model, state)
+    step_fn = step_fn.lower(state, on_mesh(corpus.micro_batches(0), mesh)).compile()
     eval_fn = jax.jit(lambda params, tokens: cross_entropy(model, params, tokens)[0])
+    eval_size = -(-min(config.batch, 128) // config.shards) * config.shards
     eval_set = [
-        corpus.batch(i, min(config.batch, 128), validation=True)
+        on_mesh(corpus.batch(i, eval_size, validation=True), mesh)
         for i in range(config.eval_batches)
     ]
     jax.block_until_ready(eval_fn(state.params, eval_set[0]))
@@ -457,12 +690,13 @@ def train(config: Config) -> Iterator[Row]:
         total=config.steps,
         desc=config.optimizer,
         file=sys.stderr,
+        disable=jax.process_index() > 0,
     )
     losses: list[jax.Array] = []
     seconds_before = seconds
     since = time.perf_counter()
     for step in progress:
-        state, loss = step_fn(state, corpus.micro_batches(step))
+        state, loss = step_fn(state, on_mesh(corpus.micro_batches(step), mesh))
         losses.append(loss)
         done = step + 1
         evaluate = done % config.eval_every == 0 or done == config.steps
@@ -545,6 +779,13 @@ def read_rows(path: Path) -> list[Row]:
 
 
 def main(config: Config) -> None:
+    config = config.filled()
+    if config.distributed:
+        jax.distributed.initialize(
+            config.coordinator, config.processes, config.process_id
+        )
+    if jax.process_index() > 0:  # the first process speaks for all
+        config = dataclasses.replace(config, metrics=None)
     rows: list[Row] = []
     if config.metrics and config.resume and config.metrics.exists():
         rows = read_rows(config.metrics)
@@ -552,7 +793,7 @@ def main(config: Config) -> None:
         rows = [*(before for before in rows if before.step < row.step), row]
         if config.metrics:
             write_rows(config.metrics, rows)
-    if rows:
+    if rows and jax.process_index() == 0:
         print(f"{config.optimizer}: validation loss {rows[-1].validation_loss:.4f}")
 
 

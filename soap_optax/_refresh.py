@@ -245,8 +245,19 @@ def refresh_one(factor: jax.Array, eigenbasis: jax.Array, method: Method) -> Ref
 
     def run(factor: jax.Array, eigenbasis: jax.Array, initial: Any) -> Refreshed:
         mine = dataclasses.replace(method, initial=initial)
-        stack = _power_steps(factor[None], eigenbasis[None], mine)
-        return _from_stack(_orthonormalized(stack, mine), factor.shape)
+
+        def in_stack(to_stack: Any, factor: Any, eigenbasis: Any) -> Refreshed:
+            stack = _power_steps(to_stack(factor), to_stack(eigenbasis), mine)
+            return _from_stack(_orthonormalized(stack, mine), factor.shape)
+
+        block_by_block = functools.partial(in_stack, _flat)
+        if _key(factor) is not None:
+            return block_by_block(factor, eigenbasis)
+        # Not a batch on CPU even if that has to gather it, see `_in_chunks`.
+        as_one = functools.partial(in_stack, lambda array: array[None])
+        return jax.lax.platform_dependent(
+            factor, eigenbasis, cpu=block_by_block, default=as_one
+        )
 
     grid = range(factor.ndim - 2)
     if explicit_sharding(factor, grid) is None:

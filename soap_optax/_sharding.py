@@ -174,41 +174,40 @@ class _Exchange:
           by_rows: whether it is.
         """
         rows, copies = self._axes(by_rows)
+        places = self._places(by_rows)
+        every = jnp.concatenate([parts[unit] for unit in places])
         cuts, count = self._count(rows), self._count(copies)
-        one = next(iter(parts.values()))
-
-        def of(copy: int) -> jax.Array:
-            stack = jnp.zeros((cuts, self.rooms, *one.shape[1:]), one.dtype)
-            for (leaf, axis, number), (owner, room) in self.owners.items():
-                if owner % count == copy:
-                    part = parts[leaf, axis][number][None, None]
-                    at = (owner // count, room, *[0] * (one.ndim - 1))
-                    stack = jax.lax.dynamic_update_slice(stack, part, at)
-            return stack
-
-        makers = [functools.partial(of, copy) for copy in range(count)]
-        mine = makers[0]()
-        if count > 1:
-            mine = jax.lax.switch(jax.lax.axis_index(copies), makers)
+        where = np.full(count * cuts * self.rooms, len(every))
+        where[np.concatenate(list(places.values()))] = np.arange(len(every))
+        contents = jnp.asarray(where.reshape(count, cuts, self.rooms))
+        wanted = contents[jax.lax.axis_index(copies) if copies else 0]
+        mine = jnp.take(every, wanted, axis=0, mode="fill", fill_value=0)
         if rows:
             mine = jax.lax.all_to_all(mine, rows, split_axis=0, concat_axis=1)
-        return mine.reshape(self.rooms, cuts * one.shape[1], *one.shape[2:])
+        return mine.reshape(self.rooms, cuts * every.shape[1], *every.shape[2:])
 
     def hand_back(self, mine: jax.Array, *, by_rows: bool) -> dict[_Unit, jax.Array]:
         """Inverse of `bring`."""
         rows, copies = self._axes(by_rows)
-        cuts, count = self._count(rows), self._count(copies)
-        parts = mine.reshape(self.rooms, cuts, -1, *mine.shape[2:])
+        parts = mine.reshape(self.rooms, self._count(rows), -1, *mine.shape[2:])
         if rows:
             parts = jax.lax.all_to_all(parts, rows, split_axis=1, concat_axis=0)
         else:
             parts = jnp.swapaxes(parts, 0, 1)
         parts = jax.lax.all_gather(parts, copies) if copies else parts[None]
-        found: dict[_Unit, list[jax.Array]] = collections.defaultdict(list)
+        parts = parts.reshape(-1, *parts.shape[3:])
+        places = self._places(by_rows).items()
+        return {unit: jnp.take(parts, place, axis=0) for unit, place in places}
+
+    def _places(self, by_rows: bool) -> dict[_Unit, np.ndarray[Any, Any]]:
+        """Where each factor is in an array `[copies, cuts, rooms]`, counted through."""
+        rows, copies = self._axes(by_rows)
+        cuts, count = self._count(rows), self._count(copies)
+        places: dict[_Unit, list[int]] = collections.defaultdict(list)
         for (leaf, axis, _), (owner, room) in sorted(self.owners.items()):
             cut, copy = divmod(owner, count)
-            found[leaf, axis].append(parts[copy, cut, room])
-        return {unit: jnp.stack(arrays) for unit, arrays in found.items()}
+            places[leaf, axis].append((copy * cuts + cut) * self.rooms + room)
+        return {unit: np.asarray(place) for unit, place in places.items()}
 
     def _axes(self, by_rows: bool) -> tuple[tuple[str, ...], tuple[str, ...]]:
         return (self.rows, self.copies) if by_rows else ((), self.rows + self.copies)

@@ -1,6 +1,7 @@
 """Parameters on a mesh: shardings of the state, trajectories, collectives, errors."""
 
 import collections
+import itertools
 import re
 
 import flax.linen as nn
@@ -109,19 +110,32 @@ def decompositions(text):
 # --- the same steps -------------------------------------------------------------------
 
 
+CASES = {
+    "aligned": (ALIGNED, {"block_size": 4}),
+    "aligned in 1d": (ALIGNED, {"block_size": 2, "basis": "current"}),
+    "unblocked": (UNBLOCKED, {}),
+    "cut": (CUT, {"block_size": 8, "stagger": True}),
+}
+IN_EVERY_RUN = {
+    ("aligned", "3d", AxisType.Auto),
+    ("aligned", "2d", AxisType.Explicit),
+    ("aligned in 1d", "1d", AxisType.Auto),
+    ("unblocked", "2d", AxisType.Auto),
+    ("unblocked", "1d", AxisType.Explicit),
+    ("cut", "3d", AxisType.Auto),
+}
+
+
 @pytest.mark.filterwarnings("ignore:.*blocks cut across shards")
-@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit], ids=str)
-@pytest.mark.parametrize("mesh", MESHES)
 @pytest.mark.parametrize(
-    ("parameters", "options"),
+    ("case", "mesh", "kind"),
     [
-        (ALIGNED, {"block_size": 4}),
-        (UNBLOCKED, {}),
-        (CUT, {"block_size": 8, "stagger": True}),
+        pytest.param(*of, marks=() if of in IN_EVERY_RUN else pytest.mark.slow)
+        for of in itertools.product(CASES, MESHES, (AxisType.Auto, AxisType.Explicit))
     ],
-    ids=["aligned", "unblocked", "cut"],
 )
-def test_the_trajectory_is_that_of_one_device(parameters, options, mesh, kind):
+def test_the_trajectory_is_that_of_one_device(case, mesh, kind):
+    parameters, options = CASES[case]
     mesh = make_mesh(MESHES[mesh], kind)
     params_sharding = shardings_of(parameters, mesh)
     alone = make_soap(parameters, weight_decay=0.1, **options)
