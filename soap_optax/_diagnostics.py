@@ -88,6 +88,7 @@ def _eigenbasis_states(state: Any) -> list[EigenbasisState]:
 def _diagnose(*of_factor: Any, refreshes: jax.Array, precision: Any) -> Diagnostics:
     """The figures of one factor, from it and what belongs to it in the state."""
     factor, eigenbasis, skipped = (_array(x) for x in of_factor)
+    factor, eigenbasis = _kronecker.whole(factor), _kronecker.whole(eigenbasis)
     condition, off_diagonal = _kronecker.quality(factor, eigenbasis, precision)
     method = _refresh.Method("qr", precision=precision)
     refreshed = _refresh.refresh_one(factor, eigenbasis, method)

@@ -33,6 +33,12 @@ from soap_optax._layout import Layout, explicit_sharding
 PerAxis = Sequence[jax.Array | None]
 
 
+def whole(matrix: jax.Array) -> jax.Array:
+    """`[grid…, b, b]`, on an explicit mesh gathered if its rows are sharded."""
+    sharding = explicit_sharding(matrix, [*range(matrix.ndim - 2), None, None])
+    return matrix if sharding is None else jax.sharding.reshard(matrix, sharding)
+
+
 def accumulate(
     factors: PerAxis,
     gradient: jax.Array,
@@ -514,11 +520,9 @@ def _multiply(
             old = list(range(blocks.ndim))
             new = [blocks.ndim if d == axis else d for d in old]
             entry = [blocks.ndim, axis] if back else [axis, blocks.ndim]
-            whole = explicit_sharding(basis, [*range(basis.ndim - 2), None, None])
-            if whole is not None:
-                basis = jax.sharding.reshard(basis, whole)
+            matrix = whole(basis).astype(blocks.dtype)
             blocks = jnp.einsum(
-                *(blocks, old, basis.astype(blocks.dtype), [*layout.grid, *entry], new),
+                *(blocks, old, matrix, [*layout.grid, *entry], new),
                 precision=precision,
                 out_sharding=explicit_sharding(blocks, old),
             )

@@ -7,6 +7,7 @@ the parameter.
 """
 
 import dataclasses
+import itertools
 import math
 import operator
 from collections.abc import Mapping, Sequence
@@ -88,7 +89,7 @@ class Layout:
     def blocked(self) -> list[tuple[tuple[int, ...], int]]:
         """The (merged) axes that are cut into blocks, and the side of those."""
         starts = [parent for parent in self.parents if parent is not None]
-        ends = dict(zip(starts, [*starts[1:], len(self.order)], strict=True))
+        ends = dict(itertools.pairwise([*starts, len(self.order)]))
         found = []
         for axis in self.axes:
             first = self.parents[axis - 1]

@@ -73,6 +73,18 @@ class Bases(NamedTuple):
     moments: list[Any]
 
 
+def take(members: Sequence[int], bases: Bases) -> Bases:
+    """Those of some parameters."""
+    return Bases(*([of_kind[i] for i in members] for of_kind in bases))
+
+
+def put(part: Bases, members: Sequence[int], bases: Bases) -> None:
+    """Inverse of `take`, in place."""
+    for of_kind, changed in zip(bases, part, strict=True):
+        for i, new in zip(members, changed, strict=True):
+            of_kind[i] = new
+
+
 class Refreshed(NamedTuple):
     """A refreshed eigenbasis.
 
@@ -179,11 +191,8 @@ class Refresh:
             if len(self.slots) == 1:
                 branches = branches[1:]
             is_mine = jnp.equal(slot, k).astype(jnp.int32)
-            mine = Bases(*([of_kind[i] for i in members] for of_kind in bases))
-            mine = _switch(is_mine, branches, mine, stacks)
-            for of_kind, changed in zip(bases, mine, strict=True):
-                for i, new in zip(members, changed, strict=True):
-                    of_kind[i] = new
+            mine = _switch(is_mine, branches, take(members, bases), stacks)
+            put(mine, members, bases)
         return bases
 
     def _start_slot(

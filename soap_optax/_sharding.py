@@ -10,6 +10,7 @@ the same to do, and its new eigenbasis is handed back. Both happen in one
 import collections
 import dataclasses
 import functools
+import itertools
 import math
 import warnings
 from collections.abc import Mapping, Sequence
@@ -20,9 +21,9 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from soap_optax import _refresh, _tree
-from soap_optax._layout import DimensionNumbers, Layout, make_layout, mesh_axes
-from soap_optax._refresh import Bases, Method, Refresh, Refreshed
+from soap_optax import _arguments, _refresh, _tree
+from soap_optax._layout import Layout, mesh_axes
+from soap_optax._refresh import Bases, Method, Refresh, Refreshed, put, take
 
 NamedSharding = jax.sharding.NamedSharding
 
@@ -73,8 +74,7 @@ def state_sharding(
     shardings = _tree.resolve_shardings(params, params_sharding)
     treedef: Any
     leaves, treedef = jax.tree.flatten(params)
-    if not leaves:
-        return jax.tree.map(lambda _: None, jax.eval_shape(tx.init, params))
+    _arguments.require("params", params, "at least one parameter", bool(leaves))
     mesh = shardings[0].mesh
     # On a mesh with explicit axes shardings are types: they say what depends on what.
     explicit = jax.sharding.AbstractMesh(
@@ -268,11 +268,11 @@ class ShardedRefresh:
         for slot, members in enumerate(self.spread):
             if not members:
                 continue
-            take = functools.partial(self._take, members)
-            taken = self._if_due(slot, begin, end, take, lambda old, _: old)(
-                _of(members, bases), _of(members, new)
+            adopt = functools.partial(self._adopt, members)
+            adopted = self._if_due(slot, begin, end, adopt, lambda old, _: old)(
+                take(members, bases), take(members, new)
             )
-            _put(taken, members, new)
+            put(adopted, members, new)
         return new
 
     def _run_on_device(
@@ -286,7 +286,10 @@ class ShardedRefresh:
         """`run`, with what one device has, but for the moments of spread parameters."""
         method = dataclasses.replace(self.method, **scalars)
         layouts = [_local_layout(self.leaves[i]) for i in self.aligned]
-        all_factors, mine = [factors[i] for i in self.aligned], _of(self.aligned, bases)
+        all_factors, mine = (
+            [factors[i] for i in self.aligned],
+            take(self.aligned, bases),
+        )
         for exchange in self.exchanges:
             bring = functools.partial(_bring, exchange)
             factor, brought = self._if_due(
@@ -295,13 +298,13 @@ class ShardedRefresh:
                     jnp.zeros_like, jax.eval_shape(bring, *operands)
                 ),
             )(factors, bases)
-            layouts.append(_layout_of_rooms(factor.shape))
+            layouts.append(_layout_of_rooms(*factor.shape[:2]))
             all_factors.append([factor])
             for of_kind, one in zip(mine, brought, strict=True):
                 of_kind.append(one)
         mine = Refresh(layouts, all_factors, method, self.slots).run(mine, begin, end)
         new = Bases(*map(list, bases))
-        _put(_of(range(len(self.aligned)), mine), self.aligned, new)
+        put(take(range(len(self.aligned)), mine), self.aligned, new)
         for number, exchange in enumerate(self.exchanges, len(self.aligned)):
             hand_back = functools.partial(_hand_back, exchange)
             new = self._if_due(
@@ -309,8 +312,8 @@ class ShardedRefresh:
             )(new, Bases(*(of_kind[number] for of_kind in mine)))
         return new
 
-    def _take(self, members: list[int], old: Bases, new: Bases) -> Bases:
-        """Adopts the new eigenbases of parameters, changes their moments to them."""
+    def _adopt(self, members: list[int], old: Bases, new: Bases) -> Bases:
+        """Adopts the new eigenbases, as stored, and changes the moments to them."""
 
         def refreshed(basis: Any, eigenvalues: Any, skipped: Any, before: Any) -> Any:
             if basis is None:
@@ -381,47 +384,31 @@ def _hand_back(exchange: _Exchange, bases: Bases, mine: Bases) -> Bases:
     return new
 
 
-def _of(members: Sequence[int], bases: Bases) -> Bases:
-    return Bases(*([of_kind[i] for i in members] for of_kind in bases))
-
-
-def _put(part: Bases, members: Sequence[int], bases: Bases) -> None:
-    """Inverse of `_of`, in place."""
-    for of_kind, changed in zip(bases, part, strict=True):
-        for i, new in zip(members, changed, strict=True):
-            of_kind[i] = new
-
-
 def _mesh(leaves: Sequence[_tree.Leaf]) -> Any:
     return leaves[0].sharding.mesh  # type: ignore[union-attr]
 
 
 def _is_aligned(leaf: _tree.Leaf) -> bool:
-    """Whether all mesh axes that shard it cut its grid of blocks, and some do."""
+    """Whether all mesh axes that shard it cut its grid of blocks, and some do.
+
+    If there are any: one device has all.
+    """
     sizes = _mesh([leaf]).shape
     spec = leaf.sharding.spec  # type: ignore[union-attr]
     view = leaf.layout.spec_of_view(spec, sizes)
     on_grid = {n for axis in leaf.layout.grid for n in mesh_axes(view[axis])}
     named = {n for entry in spec for n in mesh_axes(entry) if sizes[n] > 1}
-    return bool(named) and named <= on_grid
+    return named <= on_grid and bool(named or _mesh([leaf]).size == 1)
 
 
 def _local_layout(leaf: _tree.Leaf) -> Layout:
     return leaf.layout.local(leaf.sharding.spec, _mesh([leaf]).shape)  # type: ignore[union-attr]
 
 
-def _layout_of_rooms(shape: tuple[int, ...]) -> Layout:
+def _layout_of_rooms(rooms: int, size: int) -> Layout:
     """Of a parameter with the factors `[rooms, b, b]` along its last axis."""
-    rooms, size, _ = shape
-    return make_layout(
-        *((rooms, size),),
-        max_precond_dim=size,
-        merge_dims=False,
-        precondition_1d=True,
-        one_sided=False,
-        block_size=None,
-        dimension_numbers=DimensionNumbers((1,)),
-    )
+    shape, axes = (rooms, size), (0, 1)
+    return Layout(shape, axes, shape, axes, grid=(0,), axes=(1,), factored=(True,))
 
 
 def make_refresh(
@@ -438,25 +425,31 @@ def make_refresh(
       method: how.
       count: of slots, see `make_slots`.
     """
-    if any(leaf.sharding is None or leaf.sharding.mesh.size == 1 for leaf in leaves):
+    if any(leaf.sharding is None for leaf in leaves):
         layouts = [leaf.layout for leaf in leaves]
         return Refresh(layouts, factors, method, _refresh.make_slots(factors, count))
     with_factors = [i for i, leaf in enumerate(leaves) if any(leaf.layout.factored)]
     aligned = [i for i in with_factors if _is_aligned(leaves[i])]
-    if count is None:  # of what a device has, and all exchanges in the first
-        shards = [list(map(_shard, factors[i], of_factors(leaves[i]))) for i in aligned]
-        groups = [[aligned[k] for k in slot] for slot in _refresh.make_slots(shards)]
-        others = [i for i in with_factors if i not in aligned]
-        groups = [others + groups[0], *groups[1:]] if groups else [others]
+    others = [i for i in with_factors if i not in aligned]
+    if count is None:  # of what a device has
+        both = (_slots(leaves, factors, some) for some in (aligned, others))
+        groups = [a + b for a, b in itertools.zip_longest(*both, fillvalue=[])]
     else:  # the same on every mesh, since they decide what is refreshed when
         groups = _refresh.make_slots(factors, count)
-    groups = [group for group in groups if group]
     spread = [[i for i in group if i not in aligned] for group in groups]
     slots = [[aligned.index(i) for i in group if i in aligned] for group in groups]
     exchanges = _exchanges(leaves, factors, spread)
     for number, exchange in enumerate(exchanges, len(aligned)):
         slots[exchange.slot].append(number)
     return ShardedRefresh(leaves, factors, method, aligned, spread, exchanges, slots)
+
+
+def _slots(
+    leaves: Sequence[_tree.Leaf], factors: list[Any], members: list[int]
+) -> list[list[int]]:
+    """Cuts some parameters into slots by what a device has of their factors."""
+    shards = [list(map(_shard, factors[i], of_factors(leaves[i]))) for i in members]
+    return [[members[k] for k in slot] for slot in _refresh.make_slots(shards)]
 
 
 def _shard(array: Any, sharding: NamedSharding | None) -> Any:
@@ -541,8 +534,9 @@ def warn_of_cut_blocks(leaf: _tree.Leaf) -> None:
             advice = "only the first of merged axes can be sharded along its blocks"
         names = axes[0] if len(axes) == 1 else axes
         warnings.warn(
-            f"{leaf.name}: blocks cut across shards, so that each refresh gathers "
-            f"factors: axis {names} of size {size} has blocks of {block} and shards of "
-            f"{size // shards // math.prod(inner)}; {advice}",
+            f"{leaf.name}: blocks cut across shards, so that each step gathers the "
+            f"gradient and each refresh communicates: axis {names} of size {size} has "
+            f"blocks of {block} and shards of {size // shards // math.prod(inner)}; "
+            f"{advice}",
             stacklevel=2,
         )

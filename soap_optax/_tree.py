@@ -34,7 +34,7 @@ class Leaf:
       keys: its keys in nested dicts.
       layout: its factors and blocks.
       dtype: that of its moments, at least float32.
-      sharding: how it is spread over a mesh, a `jax.P` of its rank; None: not known.
+      sharding: on a mesh, with a `jax.P` of its rank; None: not known.
     """
 
     path: tuple[Any, ...]
@@ -284,8 +284,12 @@ def resolve_shardings(
             sharding = jax.sharding.NamedSharding(mesh, sharding)
         is_named = isinstance(sharding, jax.sharding.NamedSharding)
         _arguments.require(name, sharding, rule, is_named)
+        _check_names(name, sharding.spec, sharding.mesh)
         mesh = (shardings or [sharding])[0].mesh
-        same = sharding.mesh.shape == mesh.shape
+        is_abstract = isinstance(sharding.mesh, jax.sharding.AbstractMesh)
+        same = sharding.mesh.shape == mesh.shape and (
+            is_abstract or sharding.mesh == mesh
+        )
         _arguments.require(
             name, sharding, f"on the same mesh as the others, {mesh}", same
         )

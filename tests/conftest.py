@@ -3,7 +3,11 @@
 import os
 import tempfile
 
-os.environ.setdefault("XLA_FLAGS", "--xla_force_host_platform_device_count=8")
+# Nearly all of the time goes into compiling, for which LLVM need not optimize.
+os.environ.setdefault(
+    "XLA_FLAGS",
+    "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0",
+)
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 # Threads of LAPACK only get into each other's way on small matrices.
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")

@@ -103,10 +103,11 @@ def test_a_moment_along_a_skipped_refresh_stays():
     np.testing.assert_allclose(after.inner_state.mu, moment, rtol=1e-11)
 
 
-def test_on_an_explicit_mesh():
+@pytest.mark.parametrize("block_size", [2, None])
+def test_on_an_explicit_mesh(block_size):
     mesh = jax.make_mesh((8,), ("x",), axis_types=(jax.sharding.AxisType.Explicit,))
-    tx = soap_optax.scale_by_soap(block_size=2)
-    grad = normal(16, 4)
+    tx = soap_optax.scale_by_soap(block_size=block_size)
+    grad = normal(16, 16)
     expected = soap_optax.diagnostics(tx.update(grad, tx.init(grad))[1])
     with jax.set_mesh(mesh):
         rows = jax.sharding.NamedSharding(mesh, jax.P("x", None))

@@ -14,7 +14,7 @@ ROOMS = {
     "_kronecker": {"_layout"},
     "_tree": {"_arguments", "_layout"},
     "_refresh": {"_kronecker", "_layout"},
-    "_sharding": {"_layout", "_refresh", "_tree"},
+    "_sharding": {"_arguments", "_layout", "_refresh", "_tree"},
     "_eigenbasis": {
         *("_arguments", "_kronecker", "_layout", "_refresh", "_sharding", "_tree"),
     },
@@ -23,7 +23,10 @@ ROOMS = {
     "__init__": {"_diagnostics", "_eigenbasis", "_layout", "_sharding", "_soap"},
 }
 OUTSIDE = {
-    "_layout": {"collections", "dataclasses", "jax", "math", "operator", "typing"},
+    "_layout": {
+        *("collections", "dataclasses", "itertools", "jax", "math", "operator"),
+        "typing",
+    },
     "_kronecker": {"collections", "functools", "jax", "numpy", "typing"},
 }
 

@@ -27,6 +27,7 @@ ALIGNED = {
     "experts": ((8, 8, 4), P(("d", "y"), "x")),
     "partly": ((8, 16), P("x", None)),
     "vector": ((16,), P("y")),
+    "scalar": ((), P()),
 }
 UNBLOCKED = {
     "matrix": ((16, 24), P("x", "y")),
@@ -34,6 +35,7 @@ UNBLOCKED = {
     "experts": ((4, 8, 6), P(("d", "x"), "y")),
     "replicated": ((8, 6), P()),
     "vector": ((16,), P("y")),
+    "scalar": ((), P()),
 }
 CUT = {
     "matrix": ((16, 24), P("y", "x")),
@@ -41,6 +43,7 @@ CUT = {
     "aligned": ((16, 16), P("x", "y")),
     "replicated": ((16, 8), P()),
     "vector": ((16,), P("y")),
+    "scalar": ((), P()),
 }
 MESHES = {"1d": (1, 1, 8), "2d": (1, 2, 4), "3d": (2, 2, 2)}
 
@@ -312,6 +315,17 @@ def exchange_owners(parameters, mesh):
     ]
 
 
+@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit], ids=str)
+@pytest.mark.parametrize("options", [{}, {"block_size": 4}], ids=str)
+def test_a_mesh_of_one_device(kind, options):
+    devices = jax.devices()[:1]
+    mesh = jax.make_mesh(
+        (1,) * 3, tuple("dxy"), devices=devices, axis_types=(kind,) * 3
+    )
+    tx = make_soap(UNBLOCKED, mesh, initial_basis="identity", **options)
+    assert not collectives(compiled(tx, UNBLOCKED, mesh).as_text())
+
+
 def test_work_is_balanced_by_cost():
     """One large factor on a device, the small ones on the others."""
     parameters = {"large": ((64, 8), P()), **{f"w{i}": ((8, 8), P()) for i in range(7)}}
@@ -418,7 +432,8 @@ def test_no_array_is_made():
     sharding = {"w": NamedSharding(mesh, P("x", "y"))}
     state = state_sharding(soap_optax.soap(1e-3, block_size=512), huge, sharding)
     assert state[0].eigenbases["w"][1].spec == P("x", "y", None, None)
-    assert state_sharding(optax.adamw(1e-3), {}, {}) is not None
+    with pytest.raises(ValueError, match="params must be at least one parameter"):
+        state_sharding(optax.adamw(1e-3), {}, {})
 
 
 def test_adam_alone_and_meshes_of_jax_set_mesh():
@@ -488,6 +503,10 @@ def test_nnx_optimizer():
         (lambda mesh: {"w": "x"}, "must be a NamedSharding or"),
         (lambda mesh: {"w": None}, r"\['w'\] must be a NamedSharding or"),
         (
+            lambda mesh: {"w": NamedSharding(mesh, P(P.UNCONSTRAINED, "y"))},
+            r"\['w'\] must be of mesh axes",
+        ),
+        (
             lambda mesh: {"w": jax.sharding.SingleDeviceSharding(jax.devices()[0])},
             r"\['w'\] must be a NamedSharding or",
         ),
@@ -504,13 +523,17 @@ def test_shardings_that_do_not_fit(where, sharding, message):
 
 
 def test_two_meshes():
-    params_sharding = {
-        "v": NamedSharding(make_mesh((1, 2, 4)), P("x")),
-        "w": NamedSharding(make_mesh((2, 2, 2)), P("x")),
-    }
-    params = {name: jnp.ones((8, 6)) for name in params_sharding}
-    with pytest.raises(ValueError, match=r"\['w'\] must be on the same mesh"):
-        state_sharding(soap_optax.soap(1e-3), params, params_sharding)
+    first, second = (jax.devices()[i : i + 4] for i in (0, 4))
+    params = {name: jnp.ones((8, 6)) for name in "vw"}
+    for sizes, devices in (((2, 2, 2), None), ((1, 2, 2), second)):
+        other = jax.make_mesh(sizes, tuple("dxy"), devices=devices)
+        mesh = jax.make_mesh((1, 2, 2), tuple("dxy"), devices=first)
+        params_sharding = {
+            "v": NamedSharding(mesh, P("x")),
+            "w": NamedSharding(other, P("x")),
+        }
+        with pytest.raises(ValueError, match=r"\['w'\] must be on the same mesh"):
+            state_sharding(soap_optax.soap(1e-3), params, params_sharding)
     with pytest.raises(ValueError, match=r"\['v'\] must be .*no mesh is set"):
         state_sharding(soap_optax.soap(1e-3), params, {"v": P("x"), "w": P("x")})
 
