@@ -260,7 +260,7 @@ def refresh_one(factor: jax.Array, eigenbasis: jax.Array, method: Method) -> Ref
             return _from_stack(_orthonormalized(stack, mine), factor.shape)
 
         block_by_block = functools.partial(in_stack, _flat)
-        if _key(factor) is not None:
+        if not _may_be_spread(factor):
             return block_by_block(factor, eigenbasis)
         # Not a batch on CPU even if that has to gather it, see `_in_chunks`.
         as_one = functools.partial(in_stack, lambda array: array[None])
@@ -288,11 +288,16 @@ def _switch(index: Any, branches: Sequence[Any], *operands: Any) -> Any:
 
 def _key(factor: jax.Array) -> _Key:
     """Size and dtype of computation; None where it may be spread over devices."""
-    mesh = jax.typeof(factor).sharding.mesh
-    axes = zip(mesh.axis_types, mesh.axis_sizes, strict=True)
-    if any(kind != jax.sharding.AxisType.Manual and size > 1 for kind, size in axes):
+    if _may_be_spread(factor):
         return None
     return factor.shape[-1], jnp.promote_types(factor.dtype, jnp.float32)
+
+
+def _may_be_spread(array: jax.Array) -> bool:
+    """Whether it is on a mesh of several devices."""
+    mesh = jax.typeof(array).sharding.mesh
+    axes = zip(mesh.axis_types, mesh.axis_sizes, strict=True)
+    return any(kind != jax.sharding.AxisType.Manual and size > 1 for kind, size in axes)
 
 
 def _flat(array: jax.Array) -> jax.Array:
@@ -370,7 +375,7 @@ def _adopted(
     return (
         # A constraint on the layout would gather what is spread over devices.
         _kronecker.adopt(
-            *(new.rows, eigenbasis, is_new), overwrite=_key(eigenbasis) is not None
+            *(new.rows, eigenbasis, is_new), overwrite=not _may_be_spread(eigenbasis)
         ),
         jnp.where(is_new[..., None], values, eigenvalues),
         skipped + (~is_new[..., None]).astype(skipped.dtype),

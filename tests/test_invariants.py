@@ -145,7 +145,7 @@ def test_6_aligned_blocks_need_no_communication(axis_type):
     blocks = NamedSharding(mesh, jax.P("x", "y", None, None))
     rows = NamedSharding(mesh, jax.P("x", "y", None))
     replicated = NamedSharding(mesh, jax.P())
-    tx = soap_optax.scale_by_soap(block_size=4)
+    tx = soap_optax.scale_by_soap(block_size=4, params_sharding=sharding)
     with jax.set_mesh(mesh):
         params = jax.device_put(normal(16, 16), sharding)
         state = jax.eval_shape(tx.init, params)
@@ -159,6 +159,7 @@ def test_6_aligned_blocks_need_no_communication(axis_type):
         updates, state = step(params, state, params)
         other = jax.device_put(normal(16, 16, seed=1), sharding)
         updates, state = step(other, state, params)
+    tx = soap_optax.scale_by_soap(block_size=4)
     alone = tx.init(normal(16, 16))
     _, alone = tx.update(normal(16, 16), alone)
     expected, _ = tx.update(normal(16, 16, seed=1), alone)

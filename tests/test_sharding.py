@@ -122,10 +122,8 @@ CASES = {
 IN_EVERY_RUN = {
     ("aligned", "3d", AxisType.Auto),
     ("aligned", "2d", AxisType.Explicit),
-    ("aligned in 1d", "1d", AxisType.Auto),
     ("unblocked", "2d", AxisType.Auto),
-    ("unblocked", "1d", AxisType.Explicit),
-    ("cut", "3d", AxisType.Auto),
+    ("cut", "1d", AxisType.Explicit),
 }
 
 

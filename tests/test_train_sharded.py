@@ -254,6 +254,7 @@ class Processes:
         return "\n".join(log.read_text()[-2000:] for log in self.logs)
 
 
+@pytest.mark.slow
 def test_two_processes_train_as_one(tmp_path):
     with Processes(tmp_path, steps=12, **ADAMW) as processes:
         processes.finish()
