@@ -9,7 +9,11 @@ the `libtpu` package; runs on a machine with nothing but CPUs.
 """
 
 import os
+import tempfile
 
+# Programs are read from XLA's own dump: a jaxlib cannot print all that a newer libtpu
+# compiles.
+os.environ["XLA_FLAGS"] = f"--xla_dump_hlo_as_text --xla_dump_to={tempfile.mkdtemp()}"
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["TPU_SKIP_MDS_QUERY"] = "1"
 
@@ -32,6 +36,8 @@ from jax.sharding import AxisType, Mesh, NamedSharding
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
 import train_lm
+
+DUMPS = Path(os.environ["XLA_FLAGS"].split("=")[-1])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -137,11 +143,16 @@ def width(dtype: str) -> int:
     return max(1, int(re.sub(r"\D", "", dtype)) // 8)
 
 
-def timed(lowered: Any) -> tuple[float, Any]:
-    """Seconds of compiling, and the program."""
+def timed(lowered: Any) -> tuple[float, Any, str]:
+    """Seconds of compiling, the program, and its text."""
     since = time.perf_counter()
     program = lowered.compile()
-    return time.perf_counter() - since, program
+    seconds = time.perf_counter() - since
+    (text,) = DUMPS.glob("*.after_optimizations.txt")
+    found = text.read_text()
+    for file in (path for path in DUMPS.rglob("*") if path.is_file()):
+        file.unlink()
+    return seconds, program, found
 
 
 def row_of(pod: Pod, name: str, *, whole_step: bool) -> dict[str, Any]:
@@ -152,8 +163,9 @@ def row_of(pod: Pod, name: str, *, whole_step: bool) -> dict[str, Any]:
     alone = abstract_state(config, mesh, tx := train_lm.make_unclipped(config, mesh))
     shardings = jax.tree.map(lambda x: x.sharding, (alone.params, alone.opt_state))
     update = jax.jit(tx.update, donate_argnums=1, out_shardings=shardings)
-    seconds, program = timed(update.lower(alone.params, alone.opt_state, alone.params))
-    found = collectives(program.as_text())
+    lowered = update.lower(alone.params, alone.opt_state, alone.params)
+    seconds, program, text = timed(lowered)
+    found = collectives(text)
     memory = program.memory_analysis()
     state = bytes_of(alone.opt_state, on_a_chip=True)
     total = bytes_of(alone.opt_state, on_a_chip=False)
@@ -179,7 +191,8 @@ def row_of(pod: Pod, name: str, *, whole_step: bool) -> dict[str, Any]:
     tokens = jax.ShapeDtypeStruct((1, config.batch, config.context + 1), jnp.int32)
     spread = NamedSharding(mesh, train_lm.batch_sharding(mesh, 3).spec)
     step = train_lm.jit_step(config, model, whole)
-    seconds, program = timed(step.lower(whole, tokens.update(sharding=spread)))
+    lowered = step.lower(whole, tokens.update(sharding=spread))
+    seconds, program, _ = timed(lowered)
     memory = program.memory_analysis()
     return {
         **row,

@@ -359,8 +359,17 @@ def test_explicit_mesh_with_blocks_and_batch_axes(options, shape, spec):
     np.testing.assert_allclose(updates, expected, atol=1e-3)
 
 
-@pytest.mark.parametrize("name", ["soap", "current", "lion"])
-@pytest.mark.parametrize("dtype", ["float16", "float32"])
+@pytest.mark.parametrize(
+    ("name", "dtype"),
+    [
+        ("soap", "float32"),
+        ("lion", "float16"),
+        pytest.param("soap", "float16", marks=pytest.mark.slow),
+        pytest.param("current", "float16", marks=pytest.mark.slow),
+        pytest.param("current", "float32", marks=pytest.mark.slow),
+        pytest.param("lion", "float32", marks=pytest.mark.slow),
+    ],
+)
 def test_explicit_mesh_keeps_sharding_types(name, dtype):
     tx = OPTIMIZERS[name]()
     axis_types = (jax.sharding.AxisType.Explicit,)

@@ -177,8 +177,7 @@ def test_the_trajectory_is_that_of_one_device(case, mesh, kind):
 @pytest.mark.parametrize(
     ("kind", "options"),
     [
-        (AxisType.Auto, {"weight_decay": 0.1}),
-        (AxisType.Auto, {"stagger": True, "basis": "current"}),
+        (AxisType.Auto, {"stagger": True, "basis": "current", "weight_decay": 0.1}),
         (AxisType.Auto, {"refresh": "cholesky_qr", "refresh_tolerance": 0.1}),
         (AxisType.Auto, {"initial_basis": "identity"}),
         (AxisType.Explicit, {}),
