@@ -86,6 +86,7 @@ def test_a_mesh_trains_as_one_device(changes):
     assert_same_losses(rows_of(on_mesh), rows_of(alone), rtol)
 
 
+@pytest.mark.slow
 def test_a_checkpoint_continues_on_another_mesh(tmp_path, monkeypatch):
     config = change(mesh=MESH, checkpoint_dir=tmp_path, checkpoint_every=6)
     whole = list(train(config))
