@@ -17,18 +17,19 @@ os.environ["XLA_FLAGS"] = f"--xla_dump_hlo_as_text --xla_dump_to={tempfile.mkdte
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["TPU_SKIP_MDS_QUERY"] = "1"
 
-import csv
 import dataclasses
 import math
 import re
 import sys
 import time
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import steps
 import tyro
 from flax.training.train_state import TrainState
 from jax.experimental import topologies
@@ -202,28 +203,18 @@ def row_of(pod: Pod, name: str, *, whole_step: bool) -> dict[str, Any]:
     }
 
 
-def show(value: Any) -> str:
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
-
-
 def main(check: Check) -> None:
     for given, known in ((check.pods, PODS), (check.optimizers, OPTIMIZERS)):
         if set(given) - set(known):
             sys.exit(f"error: must be of {', '.join(known)}, got {', '.join(given)}")
-    check.out.mkdir(parents=True, exist_ok=True)
-    path = check.out / "pods.csv"
+    about = {**steps.machine(), "libtpu": metadata.version("libtpu")}
     rows: list[dict[str, Any]] = []
     for pod in check.pods:
         for name in check.optimizers:
-            about = {"jax": jax.__version__, "cores": os.cpu_count()}
-            row = row_of(PODS[pod], name, whole_step=check.step) | about
-            rows.append({key: show(value) for key, value in row.items()})
-            print("  ".join(f"{k} {v}" for k, v in rows[-1].items()), flush=True)
-            with path.open("w", newline="") as file:
-                fields = dict.fromkeys(key for row in rows for key in row)
-                writer = csv.DictWriter(file, list(fields))
-                writer.writeheader()
-                writer.writerows(rows)
+            rows.append(row_of(PODS[pod], name, whole_step=check.step) | about)
+            shown = (f"{k} {steps.show(v)}" for k, v in rows[-1].items())
+            print("  ".join(shown), flush=True)
+            steps.write(check.out / "pods.csv", rows)
 
 
 if __name__ == "__main__":

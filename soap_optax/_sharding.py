@@ -286,10 +286,8 @@ class ShardedRefresh:
         """`run`, with what one device has, but for the moments of spread parameters."""
         method = dataclasses.replace(self.method, **scalars)
         layouts = [_local_layout(self.leaves[i]) for i in self.aligned]
-        all_factors, mine = (
-            [factors[i] for i in self.aligned],
-            take(self.aligned, bases),
-        )
+        all_factors = [factors[i] for i in self.aligned]
+        mine = take(self.aligned, bases)
         for exchange in self.exchanges:
             bring = functools.partial(_bring, exchange)
             factor, brought = self._if_due(

@@ -275,40 +275,33 @@ def resolve_shardings(
         jax.tree_util.tree_flatten_with_path(tree)[0], given, strict=True
     ):
         name = f"params_sharding of {jax.tree_util.keystr(path) or 'the parameter'}"
+        mesh: Any
         if isinstance(sharding, jax.P):
-            mesh: Any = jax.sharding.get_abstract_mesh()
-            _arguments.require(
-                name, sharding, f"{rule} (no mesh is set)", not mesh.empty
-            )
-            _check_names(name, sharding, mesh)
-            sharding = jax.sharding.NamedSharding(mesh, sharding)
-        is_named = isinstance(sharding, jax.sharding.NamedSharding)
-        _arguments.require(name, sharding, rule, is_named)
-        _check_names(name, sharding.spec, sharding.mesh)
-        mesh = (shardings or [sharding])[0].mesh
-        is_abstract = isinstance(sharding.mesh, jax.sharding.AbstractMesh)
-        same = sharding.mesh.shape == mesh.shape and (
-            is_abstract or sharding.mesh == mesh
-        )
-        _arguments.require(
-            name, sharding, f"on the same mesh as the others, {mesh}", same
-        )
+            mesh, spec = jax.sharding.get_abstract_mesh(), sharding
+            no_mesh = f"{rule} (no mesh is set)"
+            _arguments.require(name, sharding, no_mesh, not mesh.empty)
+        else:
+            is_named = isinstance(sharding, jax.sharding.NamedSharding)
+            _arguments.require(name, sharding, rule, is_named)
+            mesh, spec = sharding.mesh, sharding.spec
+        axes = {axis for entry in spec for axis in mesh_axes(entry)}
+        known = f"of mesh axes {tuple(mesh.axis_names)}"
+        _arguments.require(name, spec, known, axes <= set(mesh.axis_names))
+        first = shardings[0].mesh if shardings else mesh
+        is_abstract = jax.sharding.AbstractMesh in (type(mesh), type(first))
+        same = mesh.shape == first.shape and (is_abstract or mesh == first)
+        rule_of_mesh = f"on the same mesh as the others, {first}"
+        _arguments.require(name, sharding, rule_of_mesh, same)
         rank = jnp.ndim(array)
-        fits = len(sharding.spec) <= rank
-        _arguments.require(name, sharding.spec, f"of at most {rank} axes", fits)
-        spec = jax.P(*sharding.spec, *[None] * (rank - len(sharding.spec)))
+        fits = len(spec) <= rank
+        _arguments.require(name, spec, f"of at most {rank} axes", fits)
+        spec = jax.P(*spec, *[None] * (rank - len(spec)))
         for size, entry in zip(jnp.shape(array), spec, strict=True):
             shards = math.prod(mesh.shape[n] for n in mesh_axes(entry))
             rule_of_size = f"such that {shards} shards divide an axis of {size}"
-            _arguments.require(name, sharding.spec, rule_of_size, size % shards == 0)
-        shardings.append(jax.sharding.NamedSharding(sharding.mesh, spec))
+            _arguments.require(name, spec, rule_of_size, size % shards == 0)
+        shardings.append(jax.sharding.NamedSharding(mesh, spec))
     return shardings
-
-
-def _check_names(name: str, spec: jax.P, mesh: Any) -> None:
-    named = {axis for entry in spec for axis in mesh_axes(entry)}
-    rule = f"of mesh axes {tuple(mesh.axis_names)}"
-    _arguments.require(name, spec, rule, named <= set(mesh.axis_names))
 
 
 def _known_shardings(
