@@ -108,6 +108,16 @@ class Layout:
             entries.append(None if size % _shards(entry, sizes) else entry)
         return jax.P(*entries)
 
+    def is_aligned(self, spec: jax.P, sizes: Mapping[str, int]) -> bool:
+        """Whether all mesh axes that shard it cut its grid of blocks, and some do.
+
+        If there are any: one device has all.
+        """
+        view = self.spec_of_view(spec, sizes)
+        on_grid = {name for axis in self.grid for name in mesh_axes(view[axis])}
+        named = {n for entry in spec for n in mesh_axes(entry) if sizes[n] > 1}
+        return named <= on_grid and bool(named or math.prod(sizes.values()) == 1)
+
     def specs_of_factors(
         self, spec: jax.P, sizes: Mapping[str, int]
     ) -> tuple[jax.P | None, ...]:

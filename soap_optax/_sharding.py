@@ -285,7 +285,9 @@ class ShardedRefresh:
     ) -> Bases:
         """`run`, with what one device has, but for the moments of spread parameters."""
         method = dataclasses.replace(self.method, **scalars)
-        layouts = [_local_layout(self.leaves[i]) for i in self.aligned]
+        sizes = _mesh(self.leaves).shape
+        aligned = [self.leaves[i] for i in self.aligned]
+        layouts = [leaf.layout.local(_spec(leaf), sizes) for leaf in aligned]
         all_factors = [factors[i] for i in self.aligned]
         mine = take(self.aligned, bases)
         for exchange in self.exchanges:
@@ -348,7 +350,7 @@ class ShardedRefresh:
             for of in (of_factors, of_vectors)
         )
         moments = [
-            [leaf.sharding.spec for _ in of_leaf]  # type: ignore[union-attr]
+            [_spec(leaf) for _ in of_leaf]
             for leaf, of_leaf in zip(self.leaves, bases.moments, strict=True)
         ]
         return Bases(eigenbases, vectors, vectors, moments)
@@ -386,21 +388,8 @@ def _mesh(leaves: Sequence[_tree.Leaf]) -> Any:
     return leaves[0].sharding.mesh  # type: ignore[union-attr]
 
 
-def _is_aligned(leaf: _tree.Leaf) -> bool:
-    """Whether all mesh axes that shard it cut its grid of blocks, and some do.
-
-    If there are any: one device has all.
-    """
-    sizes = _mesh([leaf]).shape
-    spec = leaf.sharding.spec  # type: ignore[union-attr]
-    view = leaf.layout.spec_of_view(spec, sizes)
-    on_grid = {n for axis in leaf.layout.grid for n in mesh_axes(view[axis])}
-    named = {n for entry in spec for n in mesh_axes(entry) if sizes[n] > 1}
-    return named <= on_grid and bool(named or _mesh([leaf]).size == 1)
-
-
-def _local_layout(leaf: _tree.Leaf) -> Layout:
-    return leaf.layout.local(leaf.sharding.spec, _mesh([leaf]).shape)  # type: ignore[union-attr]
+def _spec(leaf: _tree.Leaf) -> jax.P:
+    return leaf.sharding.spec  # type: ignore[union-attr]
 
 
 def _layout_of_rooms(rooms: int, size: int) -> Layout:
@@ -427,7 +416,10 @@ def make_refresh(
         layouts = [leaf.layout for leaf in leaves]
         return Refresh(layouts, factors, method, _refresh.make_slots(factors, count))
     with_factors = [i for i, leaf in enumerate(leaves) if any(leaf.layout.factored)]
-    aligned = [i for i in with_factors if _is_aligned(leaves[i])]
+    sizes = _mesh(leaves).shape if leaves else {}
+    aligned = [
+        i for i in with_factors if leaves[i].layout.is_aligned(_spec(leaves[i]), sizes)
+    ]
     others = [i for i in with_factors if i not in aligned]
     if count is None:  # of what a device has
         both = (_slots(leaves, factors, some) for some in (aligned, others))
