@@ -476,7 +476,7 @@ def _exchanges(
             by_owner = load.transpose(*shared, *others)
             counts = by_owner.shape[: len(shared)]
             most = by_owner.reshape(math.prod(counts), -1).max(axis=1)
-            owner = int(most.argmin())
+            owner = int(np.argmin(most))
             by_owner[np.unravel_index(owner, counts)] += kind.size**3
             owners.setdefault(kind, {})[matrix] = owner, rooms[kind, owner]
             rooms[kind, owner] += 1
