@@ -1,4 +1,4 @@
-"""Trains a decoder-only language model with SOAP, AdamW, Muon or Lion.
+"""Trains a decoder-only language model with SOAP, Shampoo, AdamW, Muon or Lion.
 
     python examples/train_lm.py --preset tiny --optimizer soap
     python examples/train_lm.py --data corpus.bin --preset 360m --bf16 --accumulate 8
@@ -21,7 +21,7 @@ import math
 import sys
 import sysconfig
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Literal
 
@@ -83,6 +83,7 @@ PRESETS = {
 TUNED = {
     "soap": (3e-2, 0.95),
     "adamw": (1e-2, 0.99),
+    "shampoo": (1e-2, 0.95),
     "muon": (1e-2, 0.95),
     "lion": (1e-3, 0.99),
 }
@@ -93,7 +94,7 @@ class Config:
     """What to train, on what, and how."""
 
     preset: Literal["tiny", "210m", "360m", "660m", "llama-8b"] = "tiny"
-    optimizer: Literal["soap", "adamw", "muon", "lion"] = "soap"
+    optimizer: Literal["soap", "shampoo", "adamw", "muon", "lion"] = "soap"
     data: str = "stdlib"
     """A file, a folder, a `.bin` of uint16 tokens, or `stdlib`: the source files of
     Python's standard library. All but `.bin` are read as bytes."""
@@ -108,9 +109,17 @@ class Config:
     clip: float = 1.0
     """Global norm at which gradients are clipped."""
     precondition_frequency: int = 10
-    refresh: Literal["qr", "cholesky_qr", "eigh"] = "qr"
+    refresh: Literal["qr", "cholesky_qr", "eigh"] | None = None
+    """None: `qr` for SOAP, `eigh` for Shampoo."""
     initial_basis: Literal["eigh", "identity"] = "eigh"
     block_size: int | None = None
+    one_sided: bool = False
+    factorized: bool = False
+    """SOAP with second moments of rank one."""
+    factors: Literal["shampoo", "kl"] = "shampoo"
+    basis: Literal["previous", "current"] = "previous"
+    """Of SOAP; see `soap_optax.soap` for these."""
+    stagger: bool = False
     rcond: float | None = None
     """Damping of directions that are round-off; None: SOAP's default, 0: off."""
     steps: int | None = None
@@ -141,7 +150,7 @@ class Config:
     metrics: Path | None = None
     """CSV file for the metrics."""
     diagnose: bool = True
-    """Log, of SOAP, the state of the eigenbases at every evaluation."""
+    """Log, of SOAP and Shampoo, how the eigenbases are at every evaluation."""
     checkpoint_dir: Path | None = None
     checkpoint_every: int = 200
     resume: bool = False
@@ -516,19 +525,36 @@ def make_unclipped(
         end_value=0.1 * config.learning_rate,
     )
     decay = {"weight_decay": config.weight_decay}
+    eigenbasis = {
+        "precondition_frequency": config.precondition_frequency,
+        "initial_basis": config.initial_basis,
+        "block_size": config.block_size,
+        "one_sided": config.one_sided,
+        "factors": config.factors,
+        "stagger": config.stagger,
+        "dimension_numbers": soap_dimension_numbers,
+        "rcond": config.rcond,
+        "params_sharding": mesh and functools.partial(param_shardings, mesh),
+    }
     if config.optimizer == "soap":
         return soap_optax.soap(
             schedule,
             config.b1,
             config.b2,
             **decay,
-            precondition_frequency=config.precondition_frequency,
-            refresh=config.refresh,
-            initial_basis=config.initial_basis,
-            block_size=config.block_size,
-            dimension_numbers=soap_dimension_numbers,
-            rcond=config.rcond,
-            params_sharding=mesh and functools.partial(param_shardings, mesh),
+            **eigenbasis,
+            refresh=config.refresh or "qr",
+            basis=config.basis,
+            factorized=config.factorized,
+        )
+    if config.optimizer == "shampoo":
+        return soap_optax.shampoo(
+            schedule,
+            config.b1,
+            config.b2,
+            **decay,
+            **eigenbasis,
+            refresh=config.refresh or "eigh",
         )
     if config.optimizer == "adamw":
         return optax.adamw(schedule, config.b1, config.b2, **decay)
@@ -609,8 +635,8 @@ def jit_step(
 class Row:
     """Metrics at a step; seconds are those spent in training steps since the start.
 
-    The last four say how the eigenbases of SOAP are, see `soap_optax.diagnostics`: the
-    median over all factors of the condition number, means of the others.
+    The last four say how the eigenbases are, see `soap_optax.diagnostics`: the median
+    over all factors of the condition number, means of the others.
     """
 
     step: int
@@ -638,8 +664,8 @@ def diagnose(opt_state: optax.OptState) -> dict[str, jax.Array]:
 
 
 def describe_bases(config: Config, state: TrainState) -> dict[str, float]:
-    """What `diagnose` says, or nothing if it is not SOAP or not asked for."""
-    if config.optimizer != "soap" or not config.diagnose:
+    """What `diagnose` says, or nothing if there are none or it is not asked for."""
+    if config.optimizer not in ("soap", "shampoo") or not config.diagnose:
         return {}
     return {name: float(value) for name, value in diagnose(state.opt_state).items()}
 
@@ -666,8 +692,10 @@ def open_checkpoints(
     return manager, state, 0.0
 
 
-def train(config: Config) -> Iterator[Row]:
-    """Trains and yields a row of metrics at every evaluation."""
+def train(
+    config: Config, clock: Callable[[], float] = time.perf_counter
+) -> Iterator[Row]:
+    """Trains and yields a row of metrics at every evaluation, seconds by the clock."""
     config = config.filled()
     corpus = Corpus(read_tokens(config.data), config)
     mesh = make_mesh(config)
@@ -694,7 +722,7 @@ def train(config: Config) -> Iterator[Row]:
     )
     losses: list[jax.Array] = []
     seconds_before = seconds
-    since = time.perf_counter()
+    since = clock()
     for step in progress:
         state, loss = step_fn(state, on_mesh(corpus.micro_batches(step), mesh))
         losses.append(loss)
@@ -704,7 +732,7 @@ def train(config: Config) -> Iterator[Row]:
         if not evaluate and not (manager and checkpoint):
             continue
         jax.block_until_ready(loss)
-        seconds += time.perf_counter() - since
+        seconds += clock() - since
         if evaluate:
             trained = len(losses) * config.batch * config.context
             validation = [eval_fn(state.params, tokens) for tokens in eval_set]
@@ -727,7 +755,7 @@ def train(config: Config) -> Iterator[Row]:
             yield row
         if manager and checkpoint:
             save(manager, state, seconds)
-        since = time.perf_counter()
+        since = clock()
     if manager:
         manager.wait_until_finished()
 

@@ -6,11 +6,9 @@
 Each part prints a table and writes it to `<out>/reliability_<part>.csv`.
 """
 
-import csv
 import dataclasses
 import functools
 import itertools
-import os
 import platform
 import subprocess
 import sys
@@ -18,21 +16,18 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-# Before JAX loads LAPACK: its threads get into each other's way on small matrices.
-os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import tyro
+from results import Row, read, show, write
 
 import soap_optax
 
 SHAPE = (16, 12)
 APART = 10**6  # added to steps, for random numbers of their own
 Gradient = Callable[..., jax.Array]  # of a key, the step, and more
-Row = dict[str, Any]
 
 
 # --- gradients that optimizers are afraid of -----------------------------------------
@@ -310,23 +305,6 @@ class Experiment:
 
     parts: tuple[str, ...] = tuple(PARTS)
     out: Path = Path("runs/reliability")
-
-
-def show(value: Any) -> str:
-    return f"{value:.5g}" if isinstance(value, (float, np.floating)) else str(value)
-
-
-def read(path: Path) -> list[dict[str, str]]:
-    with path.open(newline="") as file:
-        return list(csv.DictReader(file))
-
-
-def write(path: Path, rows: list[Row]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w", newline="") as file:
-        writer = csv.DictWriter(file, list(rows[0]))
-        writer.writeheader()
-        writer.writerows({k: show(v) for k, v in row.items()} for row in rows)
 
 
 def main(experiment: Experiment) -> None:

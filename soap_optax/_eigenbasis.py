@@ -17,7 +17,7 @@ import numpy as np
 import optax
 
 from soap_optax import _arguments, _kronecker, _refresh, _sharding, _tree
-from soap_optax._layout import Layout, make_layout
+from soap_optax._layout import make_layout
 
 # Fields of optax states that hold a mean of gradients.
 FIRST_MOMENTS = ("mu", "trace", "ema", "m1", "m2", "grad_acc", "acc_grads")
@@ -69,23 +69,54 @@ class EigenbasisState(NamedTuple):
     inner_state: optax.OptState
 
 
-@dataclasses.dataclass(frozen=True)
-class _Options:
-    """Options of `in_eigenbasis` that act at every step, checked."""
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Options:
+    """All options of `in_eigenbasis`, and what only other members of the family need.
+
+    Attributes:
+      root: Shampoo's exponent and epsilon: updates are scaled by powers of the
+        eigenvalues at the last refresh. None: they are not.
+    """
 
     shampoo_beta: Any
     precondition_frequency: Any
-    basis: str
+    max_precond_dim: Any
+    merge_dims: Any
+    precondition_1d: Any
+    one_sided: Any
+    block_size: Any
+    dimension_numbers: Any
+    factors: Any
+    basis: Any
     refresh: Any
     refresh_tolerance: Any
-    stagger: bool
-    initial_basis: str
+    stagger: Any
+    initial_basis: Any
     mu_dtype: Any
     precond_dtype: Any
     precision: Any
     rcond: Any
     clip_update_rms: Any
-    first_moments: tuple[str, ...]
+    params_sharding: Any
+    first_moments: Any = FIRST_MOMENTS
+    root: tuple[Any, Any] | None = None
+
+    def __post_init__(self) -> None:
+        _check_options(self)
+
+    def plan(self, tree: Any) -> _tree.Plan:
+        """The plan of a tree of parameters, or of updates."""
+        layout_of = functools.partial(
+            make_layout,
+            max_precond_dim=self.max_precond_dim,
+            merge_dims=self.merge_dims,
+            precondition_1d=self.precondition_1d,
+            one_sided=self.one_sided,
+            block_size=self.block_size,
+        )
+        return _tree.make_plan(
+            tree, layout_of, self.dimension_numbers, self.params_sharding
+        )
 
 
 _StepFn = Callable[[EigenbasisState], tuple[list[jax.Array], EigenbasisState]]
@@ -102,6 +133,7 @@ def in_eigenbasis(
     one_sided: bool = False,
     block_size: int | None = None,
     dimension_numbers: Any = None,
+    factors: Literal["shampoo", "kl"] = "shampoo",
     basis: Literal["previous", "current"] = "previous",
     refresh: Literal["qr", "cholesky_qr", "eigh"] = "qr",
     refresh_tolerance: jax.typing.ArrayLike | None = None,
@@ -159,10 +191,16 @@ def in_eigenbasis(
     )
     names = not isinstance(first_moments, str)
     _arguments.require("first_moments", first_moments, "a sequence of names", names)
-    inner = optax.with_extra_args_support(inner)
-    options = _Options(
+    options = Options(
         shampoo_beta=0.95 if shampoo_beta is None else shampoo_beta,
         precondition_frequency=precondition_frequency,
+        max_precond_dim=max_precond_dim,
+        merge_dims=merge_dims,
+        precondition_1d=precondition_1d,
+        one_sided=one_sided,
+        block_size=block_size,
+        dimension_numbers=dimension_numbers,
+        factors=factors,
         basis=basis,
         refresh=refresh,
         refresh_tolerance=refresh_tolerance,
@@ -173,31 +211,29 @@ def in_eigenbasis(
         precision=precision,
         rcond=rcond,
         clip_update_rms=clip_update_rms,
+        params_sharding=params_sharding,
         first_moments=tuple(first_moments),
     )
-    _check_options(options)
-    layout_of = _checked_layout(
-        max_precond_dim=max_precond_dim,
-        merge_dims=merge_dims,
-        precondition_1d=precondition_1d,
-        one_sided=one_sided,
-        block_size=block_size,
-    )
-    _check_dimension_numbers(dimension_numbers)
+    inner = optax.with_extra_args_support(inner)
+    return make_transformation(lambda _: inner, options)
 
-    def plan_of(tree: Any) -> _tree.Plan:
-        return _tree.make_plan(tree, layout_of, dimension_numbers, params_sharding)
+
+def make_transformation(
+    inner_of: Callable[[Sequence[_tree.Leaf]], optax.GradientTransformationExtraArgs],
+    options: Options,
+) -> optax.GradientTransformationExtraArgs:
+    """`in_eigenbasis` of an inner transformation that may depend on the layouts."""
 
     def init_fn(params: optax.Params) -> EigenbasisState:
         if isinstance(params, _PARAMS_PLACEHOLDER):
             # optax.tree.map_params asks which parts of the state are shaped like the
             # parameters. Factors are not: one leaf stands for all of them.
             zero = _zero_count()
-            return EigenbasisState(zero, zero, 0, 0, 0, 0, inner.init(params))
-        plan = plan_of(params)
+            return EigenbasisState(zero, zero, 0, 0, 0, 0, inner_of([]).init(params))
+        plan = options.plan(params)
         for leaf in plan.leaves:
             _sharding.warn_of_cut_blocks(leaf)
-        return _nested(plan, _init(plan, options, inner))
+        return _nested(plan, _init(plan, options, inner_of(plan.leaves)))
 
     def update_fn(
         updates: optax.Updates,
@@ -205,8 +241,9 @@ def in_eigenbasis(
         params: optax.Params | None = None,
         **extra_args: Any,
     ) -> tuple[optax.Updates, EigenbasisState]:
-        plan = plan_of(updates)
+        plan = options.plan(updates)
         flat = _flat(plan, state)
+        inner = inner_of(plan.leaves)
         _tree.check_first_moments(
             *(state.inner_state, plan.leaves, options.first_moments),
             init=lambda: inner.init(updates),
@@ -214,7 +251,7 @@ def in_eigenbasis(
         if params is not None:
             params = _tree.flatten_params(plan, params)
         step = functools.partial(_step, plan, options, inner, params, extra_args)
-        if basis == "current":
+        if options.basis == "current":
             steps, flat = step(_accumulate_and_refresh(plan, options, [], flat)[1])
         else:
             steps, flat = _accumulate_and_refresh(
@@ -232,7 +269,7 @@ def in_eigenbasis(
 
 def _init(
     plan: _tree.Plan,
-    options: _Options,
+    options: Options,
     inner: optax.GradientTransformationExtraArgs,
 ) -> EigenbasisState:
     """Zero factors and identity eigenbases, as lists that follow the plan."""
@@ -266,8 +303,7 @@ def _init(
         return jnp.zeros(shape, jnp.int32)
 
     inner_params = [
-        _cast(array, leaf.dtype)
-        for leaf, array in zip(plan.leaves, plan.arrays, strict=True)
+        leaf.cast(array) for leaf, array in zip(plan.leaves, plan.arrays, strict=True)
     ]
     return EigenbasisState(
         count=_zero_count(),
@@ -284,7 +320,7 @@ def _init(
 
 def _step(
     plan: _tree.Plan,
-    options: _Options,
+    options: Options,
     inner: optax.GradientTransformationExtraArgs,
     params: list[jax.Array] | None,
     extra_args: dict[str, Any],
@@ -314,7 +350,11 @@ def _step(
             _sharding.for_blocks(array.astype(leaf.dtype), leaf),
             *(q, leaf.layout, options.precision),
         )
-        eigenvalues.append(_kronecker.follow(values, energies, weight))
+        if options.factors == "kl":
+            energies = _kronecker.whitened_energies(coordinates, values, leaf.layout)
+        if options.root is None:
+            values = _kronecker.follow(values, energies, weight)
+        eigenvalues.append(values)
         if any(leaf.layout.factored):
             coordinates = _kronecker.bounded(coordinates)
         projected.append(_sharding.like_parameter(coordinates, leaf))
@@ -336,12 +376,14 @@ def _step(
 
 
 def _bound_and_project_back(
-    options: _Options, leaf: _tree.Leaf, update: jax.Array, eigenvalues: Any, bases: Any
+    options: Options, leaf: _tree.Leaf, update: jax.Array, eigenvalues: Any, bases: Any
 ) -> jax.Array:
     """The step of a parameter, from an inner update."""
     layout = leaf.layout
     update = _sharding.for_blocks(update, leaf)
     update = _kronecker.damp(update, eigenvalues, layout, options.rcond)
+    if options.root is not None:
+        update = _kronecker.root(update, eigenvalues, layout, *options.root)
     step = _kronecker.project_back(update, bases, layout, options.precision)
     if any(layout.factored) and options.clip_update_rms is not None:
         step = _kronecker.clip_rms(step, layout, options.clip_update_rms)
@@ -387,19 +429,27 @@ def _unless_first(
 
 def _accumulate_and_refresh(
     plan: _tree.Plan,
-    options: _Options,
+    options: Options,
     steps: list[jax.Array],
     state: EigenbasisState,
 ) -> tuple[list[jax.Array], EigenbasisState]:
     """Accumulates the factors and, when due, refreshes the eigenbases."""
     weight = _weight(options, state.count)
     factors = []
-    for old, gradient, leaf in zip(
-        state.factors, plan.arrays, plan.leaves, strict=True
+    for old, gradient, leaf, bases, values in zip(
+        *(state.factors, plan.arrays, plan.leaves),
+        *(state.eigenbases, state.eigenvalues),
+        strict=True,
     ):
+        gradient = _sharding.for_blocks(gradient, leaf)
+        gradients = [gradient] * len(old)
+        if options.factors == "kl":
+            gradients = _kronecker.whiten(
+                gradient.astype(leaf.dtype),
+                *(bases, values, leaf.layout, options.precision),
+            )
         new = _kronecker.accumulate(
-            *(old, _sharding.for_blocks(gradient, leaf), leaf.layout),
-            *(weight, options.precision),
+            *(old, gradients, leaf.layout, weight, options.precision)
         )
         factors.append(list(map(_sharding.placed, new, _sharding.of_factors(leaf))))
     return _refresh_if_due(plan, options, steps, state._replace(factors=factors))
@@ -407,7 +457,7 @@ def _accumulate_and_refresh(
 
 def _refresh_if_due(
     plan: _tree.Plan,
-    options: _Options,
+    options: Options,
     steps: list[jax.Array],
     state: EigenbasisState,
 ) -> tuple[list[jax.Array], EigenbasisState]:
@@ -467,7 +517,7 @@ def _refresh_if_due(
     )
 
 
-def _due_slots(options: _Options, count: jax.Array, slots: int) -> tuple[Any, Any]:
+def _due_slots(options: Options, count: jax.Array, slots: int) -> tuple[Any, Any]:
     """The slots that are refreshed in the step with this count, from one to another.
 
     All when the frequency divides the count, so always at the first step; staggered,
@@ -483,7 +533,7 @@ def _due_slots(options: _Options, count: jax.Array, slots: int) -> tuple[Any, An
     )
 
 
-def _is_due(options: _Options, count: jax.Array, slots: int) -> jax.Array:
+def _is_due(options: Options, count: jax.Array, slots: int) -> jax.Array:
     """Whether a refresh of all eigenbases begins in the step with this count."""
     frequency = options.precondition_frequency
     if callable(frequency):
@@ -494,19 +544,20 @@ def _is_due(options: _Options, count: jax.Array, slots: int) -> jax.Array:
     return (count % frequency == (1 % frequency if is_second else 0)) | (count == 0)
 
 
-def _weight(options: _Options, count: jax.Array) -> jax.typing.ArrayLike:
+def _weight(options: Options, count: jax.Array) -> jax.typing.ArrayLike:
     """The weight of the newest gradient in the factors and eigenvalues.
 
-    With the current basis it is that of a bias-corrected mean, 1 at the first step.
+    With the current basis it is that of a bias-corrected mean, 1 at the first step;
+    also with KL-SOAP's factors, for each is weighted by the inverses of the others.
     """
     weight = 1 - options.shampoo_beta
-    if options.basis == "previous":
+    if options.basis == "previous" and options.factors == "shampoo":
         return weight
     return weight / (1 - options.shampoo_beta ** (count + 1))
 
 
 def _cast_first_moments(
-    plan: _tree.Plan, options: _Options, inner_state: optax.OptState
+    plan: _tree.Plan, options: Options, inner_state: optax.OptState
 ) -> optax.OptState:
     """The inner state with its first moments in `mu_dtype`."""
     if options.mu_dtype is None:
@@ -517,16 +568,9 @@ def _cast_first_moments(
     return with_moments([moment.astype(options.mu_dtype) for moment in moments])
 
 
-def _stored_dtype(leaf: _tree.Leaf, options: _Options) -> Any:
+def _stored_dtype(leaf: _tree.Leaf, options: Options) -> Any:
     """The dtype of stored factors and eigenbases."""
     return leaf.dtype if options.precond_dtype is None else options.precond_dtype
-
-
-def _cast(array: Any, dtype: Any) -> Any:
-    """`array.astype(dtype)`, also for a `jax.ShapeDtypeStruct`."""
-    if isinstance(array, jax.ShapeDtypeStruct):
-        return array.update(dtype=dtype)
-    return array.astype(dtype)
 
 
 def _zero_count() -> jax.Array:
@@ -559,18 +603,20 @@ def _flat(plan: _tree.Plan, state: EigenbasisState) -> EigenbasisState:
     return state._replace(**flat)
 
 
-def _check_options(options: _Options) -> None:
+def _check_options(options: Options) -> None:
     frequency = options.precondition_frequency
     _arguments.require_number("shampoo_beta", options.shampoo_beta, 0, 1)
     if options.rcond is not None:
         _arguments.require_number("rcond", options.rcond, 0, 1)
     if options.clip_update_rms is not None:
         _arguments.require_positive("clip_update_rms", options.clip_update_rms)
-    _arguments.require_choice("stagger", options.stagger, (True, False))
+    for name in ("merge_dims", "precondition_1d", "one_sided", "stagger"):
+        _arguments.require_choice(name, getattr(options, name), (True, False))
     if options.stagger:  # it fixes which factors share a step
         _arguments.require_int("precondition_frequency", frequency, 1)
     elif not callable(frequency):
         _arguments.require_traceable_int("precondition_frequency", frequency, 1)
+    _arguments.require_choice("factors", options.factors, ("shampoo", "kl"))
     _arguments.require_choice("basis", options.basis, ("previous", "current"))
     methods = ("qr", "cholesky_qr", "eigh")
     _arguments.require_choice("refresh", options.refresh, methods)
@@ -581,27 +627,14 @@ def _check_options(options: _Options) -> None:
     _arguments.require_precision("precision", options.precision)
     _arguments.require_dtype("mu_dtype", options.mu_dtype)
     _arguments.require_dtype("precond_dtype", options.precond_dtype)
-
-
-def _checked_layout(
-    max_precond_dim: Any, block_size: Any, **flags: Any
-) -> Callable[..., Layout]:
-    """`make_layout` with its options, checked."""
-    _arguments.require_int("max_precond_dim", max_precond_dim, 0)
-    if block_size is not None:
-        _arguments.require_int("block_size", block_size, 2)
-    for name, value in flags.items():
-        _arguments.require_choice(name, value, (True, False))
-    return functools.partial(
-        make_layout, max_precond_dim=max_precond_dim, block_size=block_size, **flags
-    )
-
-
-def _check_dimension_numbers(dimension_numbers: Any) -> None:
-    _arguments.require_static("dimension_numbers", dimension_numbers)
-    is_tree = not isinstance(dimension_numbers, (str, int, float))
+    _arguments.require_int("max_precond_dim", options.max_precond_dim, 0)
+    if options.block_size is not None:
+        _arguments.require_int("block_size", options.block_size, 2)
+    numbers = options.dimension_numbers
+    _arguments.require_static("dimension_numbers", numbers)
+    is_tree = not isinstance(numbers, (str, int, float))
     rule = "dimension numbers, a tree of them, a callable or None"
-    _arguments.require("dimension_numbers", dimension_numbers, rule, is_tree)
+    _arguments.require("dimension_numbers", numbers, rule, is_tree)
 
 
 def _params_placeholder() -> type:

@@ -4,11 +4,15 @@ For a block G with axes 1..k, unfolded along axis i into the matrix G_(i), with 
 M_i, eigenbasis Q_i and eigenvalue estimates e_i:
 
     accumulate     M_i <- (1 - w) M_i + w G_(i) G_(i)^T
+    whiten         G x_j (Q_j E_j^-1/2)^T over all j but i, accumulated by KL-SOAP
     project        G' = G x_1 Q_1^T ... x_k Q_k^T       (for a matrix: Q_L^T G Q_R)
     project_back   G = G' x_1 Q_1 ... x_k Q_k           (for a matrix: Q_L G' Q_R^T)
     follow         e_i <- (1 - w) e_i + w diag(G'_(i) G'_(i)^T)
     damp           G' with the numerically null directions of each M_i taken out
+    root           G' x_1 E_1^-p ... x_k E_k^-p          (for Shampoo: L^-p G R^-p)
+    rank_one       the second moments of G' from their means along each axis
     clip_rms       blocks of G' scaled down to a root mean square
+    graft          blocks of G' scaled to the norms of those of another array
     power_step     M_i Q_i, whose columns are nearly multiples of those of Q_i
     orthonormalize Q_i <- those columns, in the order of their sizes, orthonormal
     change_basis   G' x_1 (Q_1^T Q_1^new)^T ...         (into the refreshed eigenbases)
@@ -19,6 +23,7 @@ they are cut into blocks. Factors and eigenbases are `[grid…, b, b]`, eigenval
 Stabilizing Shampoo using Adam", https://arxiv.org/abs/2409.11321, Algorithms 3 and 4.
 """
 
+import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -32,6 +37,9 @@ from soap_optax._layout import Layout, explicit_sharding
 
 PerAxis = Sequence[jax.Array | None]
 
+# The share of the mean eigenvalue below which KL-SOAP's inverses take one no smaller.
+_KL_FLOOR = 1e-3
+
 
 def whole(matrix: jax.Array) -> jax.Array:
     """`[grid…, b, b]`, on an explicit mesh gathered if its rows are sharded."""
@@ -41,18 +49,20 @@ def whole(matrix: jax.Array) -> jax.Array:
 
 def accumulate(
     factors: PerAxis,
-    gradient: jax.Array,
+    gradients: Sequence[jax.Array],
     layout: Layout,
     weight: jax.typing.ArrayLike,
     precision: Any,
 ) -> list[jax.Array | None]:
-    """Moves each factor by `weight` towards the Gram matrix of the gradient.
+    """Moves each factor by `weight` towards the Gram matrix of its gradient.
 
     A gradient that is not finite, or whose sum of squares is not in the dtype of the
     factor, leaves it alone.
     """
 
-    def one(factor: jax.Array | None, axis: int) -> jax.Array | None:
+    def one(
+        factor: jax.Array | None, gradient: jax.Array, axis: int
+    ) -> jax.Array | None:
         if factor is None:
             return None
         blocks = _blocks(gradient, factor, layout)
@@ -63,7 +73,81 @@ def accumulate(
         sound = energy <= float(jnp.finfo(factor.dtype).max)
         return jnp.where(sound[..., None, None], mean, factor)
 
-    return [one(f, axis) for f, axis in zip(factors, layout.axes, strict=True)]
+    return [
+        one(*of_axis) for of_axis in zip(factors, gradients, layout.axes, strict=True)
+    ]
+
+
+def whiten(
+    gradient: jax.Array,
+    eigenbases: PerAxis,
+    eigenvalues: PerAxis,
+    layout: Layout,
+    precision: Any,
+) -> list[jax.Array]:
+    """For each axis i the gradient with covariance whitened along all others.
+
+    G x_j (Q_j E_j^-1/2)^T / sqrt(b_j) for all j but i that have a factor. Its Gram
+    matrix along axis i is what KL-SOAP accumulates: each factor is weighted by the
+    inverses of the others, as in Lin et al., https://arxiv.org/abs/2509.03378.
+    """
+    scales = _whitening(gradient, eigenvalues, layout)
+    whitened = []
+    for i in range(len(layout.axes)):
+        others = [None if j == i else q for j, q in enumerate(eigenbases)]
+        projected = project(gradient, others, layout, precision)
+        whitened.append(_scaled_but(i, projected, scales, layout))
+    return whitened
+
+
+def whitened_energies(
+    coordinates: jax.Array, eigenvalues: PerAxis, layout: Layout
+) -> list[jax.Array | None]:
+    """The energies along each eigenvector of what `whiten` gives for its axis."""
+    scales = _whitening(coordinates, eigenvalues, layout)
+    energies: list[jax.Array | None] = []
+    for i, (axis, values) in enumerate(zip(layout.axes, eigenvalues, strict=True)):
+        blocks = layout.to_blocks(_scaled_but(i, coordinates, scales, layout))
+        energies.append(None if values is None else _energy(blocks, layout, axis))
+    return energies
+
+
+def _scaled_but(
+    index: int, array: jax.Array, scales: PerAxis, layout: Layout
+) -> jax.Array:
+    """The array with each axis but one scaled."""
+    others = [None if j == index else s for j, s in enumerate(scales)]
+    return _scale(array, others, layout)
+
+
+def _whitening(
+    array: jax.Array, eigenvalues: PerAxis, layout: Layout
+) -> list[jax.Array | None]:
+    """(b_j e_j)^-1/2 for each axis j with a factor, `[grid…, b]`.
+
+    Eigenvalues below `_KL_FLOOR` of their mean count as that, because a gradient in a
+    direction that had none would make the other factors forget all before it. Where
+    nothing is known, all are the root mean square of the gradient (for k factors: the
+    k-th root of the mean square), with which all factors start alike in size.
+    """
+    count = sum(values is not None for values in eigenvalues)
+    if count < 2:
+        return [None] * len(eigenvalues)
+    blocks = layout.to_blocks(_at_least_float32(array))
+    size = blocks.size // math.prod(blocks.shape[axis] for axis in layout.grid)
+    mean_square = _energy(blocks, layout)[..., None] / size
+    start = mean_square ** (1 / count)
+
+    def one(values: jax.Array | None) -> jax.Array | None:
+        if values is None:
+            return None
+        values = values.astype(blocks.dtype)
+        mean = jnp.mean(values, axis=-1, keepdims=True)
+        floored = jnp.where(mean > 0, jnp.maximum(values, _KL_FLOOR * mean), start)
+        safe = jnp.where(floored > 0, floored, 1)
+        return jnp.where(floored > 0, (safe * values.shape[-1]) ** -0.5, 0)
+
+    return [one(values) for values in eigenvalues]
 
 
 def bounded(array: jax.Array) -> jax.Array:
@@ -176,17 +260,73 @@ def damp(
         return array
     if all(eigenvalue is None for eigenvalue in eigenvalues):
         return array
+
+    def share(eigenvalue: jax.Array | None) -> jax.Array | None:
+        if eigenvalue is None:
+            return None
+        largest = jnp.max(eigenvalue, axis=-1, keepdims=True)
+        inverse = jnp.where(eigenvalue > 0, largest / eigenvalue, jnp.inf)
+        share = 1 / (1 + (rcond * inverse) ** 2)
+        return jnp.where(largest > 0, share, 1)  # nothing is known
+
+    return _scale(array, list(map(share, eigenvalues)), layout)
+
+
+def root(
+    array: jax.Array,
+    eigenvalues: PerAxis,
+    layout: Layout,
+    power: float,
+    eps: float,
+) -> jax.Array:
+    """Multiplies each index of an axis by (e + eps)^-power, or by 0 if e + eps is."""
+
+    def one(eigenvalue: jax.Array | None) -> jax.Array | None:
+        if eigenvalue is None:
+            return None
+        shifted = eigenvalue + eps
+        safe = jnp.where(shifted > 0, shifted, 1)
+        return jnp.where(shifted > 0, safe**-power, 0)
+
+    return _scale(array, list(map(one, eigenvalues)), layout)
+
+
+def mean_squares(array: jax.Array, layout: Layout) -> list[jax.Array]:
+    """The mean square of each block at each index of each axis, `[grid…, b]`."""
     blocks = layout.to_blocks(array)
-    for eigenvalue, axis in zip(eigenvalues, layout.axes, strict=True):
-        if eigenvalue is not None:
-            largest = jnp.max(eigenvalue, axis=-1, keepdims=True)
-            inverse = jnp.where(eigenvalue > 0, largest / eigenvalue, jnp.inf)
-            share = 1 / (1 + (rcond * inverse) ** 2)
-            share = jnp.where(largest > 0, share, 1)  # nothing is known
+    within = [blocks.shape[axis] for axis in layout.axes]
+    return [
+        # Before they are summed: a mean of finite squares shall be finite.
+        _energy(blocks * (size / math.prod(within)) ** 0.5, layout, axis)
+        for axis, size in zip(layout.axes, within, strict=True)
+    ]
+
+
+def rank_one(means: Sequence[jax.Array], like: jax.Array, layout: Layout) -> jax.Array:
+    """The square root of the second moments of which these are the `mean_squares`.
+
+    If these have rank one, as Adafactor supposes: the product of the means over all
+    axes, over the (k-1)th power of the mean of all.
+    """
+    roots = []
+    for i, mean in enumerate(means):
+        total = jnp.mean(mean, axis=-1, keepdims=True)
+        ratio = mean if i == 0 else mean / jnp.where(total > 0, total, 1)
+        roots.append(jnp.sqrt(ratio))
+    return _scale(jnp.ones_like(like), roots, layout)
+
+
+def _scale(array: jax.Array, scales: PerAxis, layout: Layout) -> jax.Array:
+    """Multiplies each index of an axis of each block by an entry of `[grid…, b]`."""
+    if all(scale is None for scale in scales):
+        return array
+    blocks = layout.to_blocks(array)
+    for scale, axis in zip(scales, layout.axes, strict=True):
+        if scale is not None:
             kept = sorted((*layout.grid, axis))
-            share = jnp.moveaxis(share, -1, kept.index(axis)).astype(blocks.dtype)
+            scale = jnp.moveaxis(scale, -1, kept.index(axis)).astype(blocks.dtype)
             others = [d for d in range(blocks.ndim) if d not in kept]
-            blocks = blocks * jnp.expand_dims(share, others)
+            blocks = blocks * jnp.expand_dims(scale, others)
     return layout.from_blocks(blocks, array)
 
 
@@ -204,6 +344,15 @@ def clip_rms(
     excess = jnp.sqrt(jnp.mean(squares, within, keepdims=True)) / unit
     clipped = layout.from_blocks(blocks / jnp.maximum(excess, 1), array)
     return clipped.astype(array.dtype)
+
+
+def graft(array: jax.Array, like: jax.Array, layout: Layout) -> jax.Array:
+    """Scales each block to the norm of that of another array."""
+    blocks, others = layout.to_blocks(array), layout.to_blocks(like)
+    norm, wanted = (jnp.sqrt(_energy(b, layout)) for b in (blocks, others))
+    scale = jnp.where(norm > 0, wanted / jnp.where(norm > 0, norm, 1), 0)
+    within = [d for d in range(blocks.ndim) if d not in layout.grid]
+    return layout.from_blocks(blocks * jnp.expand_dims(scale, within), array)
 
 
 class PowerStep(NamedTuple):

@@ -1,5 +1,6 @@
 """SOAP, Adam in the eigenbasis of Shampoo's preconditioner: chains, documentation."""
 
+import functools
 from collections.abc import Callable
 from typing import Any, Literal
 
@@ -7,7 +8,12 @@ import jax
 import optax
 
 from soap_optax import _arguments
-from soap_optax._eigenbasis import DEFAULT_MAX_PRECOND_DIM, in_eigenbasis
+from soap_optax._eigenbasis import (
+    DEFAULT_MAX_PRECOND_DIM,
+    Options,
+    make_transformation,
+)
+from soap_optax._factorized import scale_by_factorized_adam
 
 
 def soap(
@@ -24,8 +30,10 @@ def soap(
     merge_dims: bool = False,
     precondition_1d: bool = False,
     one_sided: bool = False,
+    factorized: bool = False,
     block_size: int | None = None,
     dimension_numbers: Any = None,
+    factors: Literal["shampoo", "kl"] = "shampoo",
     basis: Literal["previous", "current"] = "previous",
     refresh: Literal["qr", "cholesky_qr", "eigh"] = "qr",
     refresh_tolerance: jax.typing.ArrayLike | None = None,
@@ -80,6 +88,8 @@ def soap(
         as for convolution kernels.
       precondition_1d: whether vectors have a factor, too.
       one_sided: rotate only the smallest axis (of a block), the first of equals.
+      factorized: whether the second moment of each block has rank one, as Adafactor's,
+        kept as the means of its rows and columns: saves the memory of a parameter.
       block_size: upper bound of a block's sides, at least 2: an axis is cut into equal
         blocks of its largest divisor up to this, and each block of the parameter is
         preconditioned as a parameter of its own. An axis with no such divisor of at
@@ -90,6 +100,9 @@ def soap(
         are batch axes. A parameter with None has no factor. If not given, the shape
         decides. `optax.inject_hyperparams` takes a callable for a schedule: name it in
         `static_args`.
+      factors: `"shampoo"`, as published, or `"kl"`: each factor is weighted by the
+        inverse of the other, :math:`L \leftarrow \beta_s L + (1 - \beta_s) G R^{-1}
+        G^\top / n` and likewise R, as in KL-SOAP, arXiv 2509.03378.
       basis: `"previous"`, as published: a gradient is rotated by the basis of the
         gradients before it, and the first step only builds the basis (its update is
         zero but for weight decay). `"current"`: factors, bias-corrected, and basis take
@@ -165,8 +178,10 @@ def soap(
             merge_dims=merge_dims,
             precondition_1d=precondition_1d,
             one_sided=one_sided,
+            factorized=factorized,
             block_size=block_size,
             dimension_numbers=dimension_numbers,
+            factors=factors,
             basis=basis,
             refresh=refresh,
             refresh_tolerance=refresh_tolerance,
@@ -198,8 +213,10 @@ def scale_by_soap(
     merge_dims: bool = False,
     precondition_1d: bool = False,
     one_sided: bool = False,
+    factorized: bool = False,
     block_size: int | None = None,
     dimension_numbers: Any = None,
+    factors: Literal["shampoo", "kl"] = "shampoo",
     basis: Literal["previous", "current"] = "previous",
     refresh: Literal["qr", "cholesky_qr", "eigh"] = "qr",
     refresh_tolerance: jax.typing.ArrayLike | None = None,
@@ -231,8 +248,8 @@ def scale_by_soap(
     _arguments.require_number("b1", b1, 0, 1)
     _arguments.require_number("b2", b2, 0, 1)
     _arguments.require_number("eps", eps, 0, float("inf"))
-    return in_eigenbasis(
-        optax.scale_by_adam(b1, b2, eps),
+    _arguments.require_choice("factorized", factorized, (True, False))
+    options = Options(
         shampoo_beta=b2 if shampoo_beta is None else shampoo_beta,
         precondition_frequency=precondition_frequency,
         max_precond_dim=max_precond_dim,
@@ -241,6 +258,7 @@ def scale_by_soap(
         one_sided=one_sided,
         block_size=block_size,
         dimension_numbers=dimension_numbers,
+        factors=factors,
         basis=basis,
         refresh=refresh,
         refresh_tolerance=refresh_tolerance,
@@ -253,3 +271,8 @@ def scale_by_soap(
         clip_update_rms=clip_update_rms,
         params_sharding=params_sharding,
     )
+    if factorized:
+        inner_of = functools.partial(scale_by_factorized_adam, b1=b1, b2=b2, eps=eps)
+        return make_transformation(inner_of, options)
+    adam = optax.with_extra_args_support(optax.scale_by_adam(b1, b2, eps))
+    return make_transformation(lambda _: adam, options)

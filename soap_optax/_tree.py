@@ -48,6 +48,12 @@ class Leaf:
         """The path as errors name it."""
         return jax.tree_util.keystr(self.path) or "the parameter"
 
+    def cast(self, array: Any) -> Any:
+        """The array, or a `jax.ShapeDtypeStruct`, in this dtype."""
+        if isinstance(array, jax.ShapeDtypeStruct):
+            return array.update(dtype=self.dtype)
+        return array.astype(self.dtype)
+
 
 class Plan(NamedTuple):
     """A tree of arrays: its structure and, in the same order, leaves and arrays."""

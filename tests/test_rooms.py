@@ -18,16 +18,20 @@ ROOMS = {
     "_eigenbasis": {
         *("_arguments", "_kronecker", "_layout", "_refresh", "_sharding", "_tree"),
     },
-    "_soap": {"_arguments", "_eigenbasis"},
+    "_factorized": {"_kronecker", "_sharding", "_tree"},
+    "_soap": {"_arguments", "_eigenbasis", "_factorized"},
+    "_shampoo": {"_arguments", "_eigenbasis", "_kronecker", "_sharding", "_tree"},
     "_diagnostics": {"_arguments", "_eigenbasis", "_kronecker", "_refresh"},
-    "__init__": {"_diagnostics", "_eigenbasis", "_layout", "_sharding", "_soap"},
+    "__init__": {
+        *("_diagnostics", "_eigenbasis", "_layout", "_shampoo", "_sharding", "_soap"),
+    },
 }
 OUTSIDE = {
     "_layout": {
         *("collections", "dataclasses", "itertools", "jax", "math", "operator"),
         "typing",
     },
-    "_kronecker": {"collections", "functools", "jax", "numpy", "typing"},
+    "_kronecker": {"collections", "functools", "jax", "math", "numpy", "typing"},
 }
 
 
@@ -68,9 +72,12 @@ def test_public_names():
         "Diagnostics",
         "DimensionNumbers",
         "EigenbasisState",
+        "ShampooState",
         "diagnostics",
         "in_eigenbasis",
+        "scale_by_shampoo",
         "scale_by_soap",
+        "shampoo",
         "soap",
         "state_sharding",
     }

@@ -67,8 +67,8 @@ def numbers(parameters):
     return {name: STACK if len(s) > 1 else None for name, (s, _) in parameters.items()}
 
 
-def make_soap(parameters, mesh=None, **options):
-    return soap_optax.soap(
+def make_soap(parameters, mesh=None, optimizer=soap_optax.soap, **options):
+    return optimizer(
         3e-3,
         dimension_numbers=numbers(parameters),
         params_sharding=mesh and shardings_of(parameters, mesh),
@@ -118,12 +118,16 @@ CASES = {
     "aligned in 1d": (ALIGNED, {"block_size": 2, "basis": "current"}),
     "unblocked": (UNBLOCKED, {}),
     "cut": (CUT, {"block_size": 8, "stagger": True}),
+    "factorized": (UNBLOCKED, {"factorized": True, "factors": "kl"}),
+    "shampoo": (ALIGNED, {"block_size": 4, "optimizer": soap_optax.shampoo}),
 }
 IN_EVERY_RUN = {
     ("aligned", "3d", AxisType.Auto),
     ("aligned", "2d", AxisType.Explicit),
     ("unblocked", "2d", AxisType.Auto),
     ("cut", "1d", AxisType.Explicit),
+    ("factorized", "2d", AxisType.Explicit),
+    ("shampoo", "3d", AxisType.Auto),
 }
 
 
@@ -167,8 +171,8 @@ def test_the_trajectory_is_that_of_one_device(case, mesh, kind):
         ),
         *((placed, state), (params_sharding, sharding)),
     )
-    assert int(state[0].refreshes) == (6 if options.get("stagger") else 5)
-    assert not any(np.any(n) for n in jax.tree.leaves(state[0].skipped))
+    assert optax.tree.get(state, "refreshes") == (6 if options.get("stagger") else 5)
+    assert not any(map(np.any, jax.tree.leaves(optax.tree.get(state, "skipped"))))
 
 
 # --- what the program has -------------------------------------------------------------
@@ -180,6 +184,8 @@ def test_the_trajectory_is_that_of_one_device(case, mesh, kind):
         (AxisType.Auto, {"stagger": True, "basis": "current", "weight_decay": 0.1}),
         (AxisType.Auto, {"refresh": "cholesky_qr", "refresh_tolerance": 0.1}),
         (AxisType.Auto, {"initial_basis": "identity"}),
+        (AxisType.Auto, {"factorized": True, "factors": "kl"}),
+        (AxisType.Auto, {"optimizer": soap_optax.shampoo, "refresh": "qr"}),
         (AxisType.Explicit, {}),
     ],
 )

@@ -1,0 +1,98 @@
+"""What the experiments share: runs that are kept, and tables that say the machine."""
+
+import concurrent.futures
+import csv
+import multiprocessing
+import os
+import platform
+import sys
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+# Before JAX loads LAPACK: its threads get into each other's way on small matrices.
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+
+import jax
+import numpy as np
+
+Row = dict[str, Any]
+
+
+def machine() -> dict[str, str]:
+    """Machine, versions and dtype, for every row."""
+    return {
+        "device": jax.devices()[0].device_kind,
+        "cores": str(os.cpu_count()),
+        "python": platform.python_version(),
+        "jax": jax.__version__,
+        "dtype": "float32",
+    }
+
+
+def show(value: Any) -> str:
+    return f"{value:.5g}" if isinstance(value, (float, np.floating)) else str(value)
+
+
+def read(path: Path) -> list[dict[str, str]]:
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def write(path: Path, rows: list[Row]) -> None:
+    """Writes a table all at once: a file that is there is whole."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    fields = list(dict.fromkeys(key for row in rows for key in row))
+    draft = path.with_suffix(".part")
+    with draft.open("w", newline="") as file:
+        writer = csv.DictWriter(file, fields)
+        writer.writeheader()
+        writer.writerows({k: show(v) for k, v in row.items()} for row in rows)
+    draft.replace(path)
+
+
+def report(rows: list[Row], path: Path) -> None:
+    """Prints a table and writes it, with the machine."""
+    for row in rows:
+        print("  ".join(f"{name} {show(value)}" for name, value in row.items()))
+    write(path, [row | machine() for row in rows])
+
+
+def run_all(
+    function: Callable[[Any], list[Row]], jobs: Mapping[str, Any], folder: Path
+) -> dict[str, list[dict[str, str]]]:
+    """The rows of each job, as they stand in `<folder>/<name>.csv`.
+
+    Jobs without a file are run, as many at a time as there are cores, each in a process
+    on a core of its own, so that they do not wait for one another. On an accelerator,
+    or where processes cannot be kept on a core: one after the other.
+    """
+    missing = [name for name in jobs if not (folder / f"{name}.csv").exists()]
+    on_cpu = jax.default_backend() == "cpu" and hasattr(os, "sched_setaffinity")
+    if missing and on_cpu:
+        cores = multiprocessing.get_context("spawn").SimpleQueue()
+        available = sorted(os.sched_getaffinity(0))
+        for core in available:
+            cores.put(core)
+        with concurrent.futures.ProcessPoolExecutor(
+            len(available), multiprocessing.get_context("spawn"), _stay_on, (cores,)
+        ) as pool:
+            pending = {
+                pool.submit(_run, function, jobs[name], folder / f"{name}.csv"): name
+                for name in missing
+            }
+            for done in concurrent.futures.as_completed(pending):
+                done.result()
+                print(f"{pending[done]}: done", file=sys.stderr)
+    elif missing:
+        for name in missing:
+            _run(function, jobs[name], folder / f"{name}.csv")
+    return {name: read(folder / f"{name}.csv") for name in jobs}
+
+
+def _stay_on(cores: Any) -> None:
+    os.sched_setaffinity(0, {cores.get()})
+
+
+def _run(function: Callable[[Any], list[Row]], job: Any, path: Path) -> None:
+    write(path, function(job))

@@ -1,0 +1,302 @@
+"""Shampoo, Adafactor in the eigenbasis, factorized, one-sided and KL-SOAP."""
+
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+import reference
+from test_reference import EPS, assert_same, gradients, run
+
+import soap_optax
+from soap_optax import _kronecker, _refresh
+from soap_optax._layout import make_layout
+
+HIGHEST = jax.lax.Precision.HIGHEST
+LAYOUT_OPTIONS = {
+    "max_precond_dim": 10_000,
+    "merge_dims": False,
+    "precondition_1d": False,
+    "one_sided": False,
+    "block_size": None,
+}
+
+
+# --- Shampoo, with explicit Kronecker products ---------------------------------------
+
+
+def explicit_shampoo(grads, *, power, eps, frequency, b1=0.9, b2=0.95):
+    """kron(L + eps I, R + eps I, …)^-power applied to the mean gradient as a vector."""
+    shape = grads.shape[1:]
+    mean = np.zeros(shape)
+    factors = [np.zeros((n, n)) for n in shape]
+    steps = []
+    for t, grad in enumerate(grads):
+        mean = b1 * mean + (1 - b1) * grad
+        for i, factor in enumerate(factors):
+            rows = np.moveaxis(grad, i, 0).reshape(shape[i], -1)
+            factors[i] = b2 * factor + (1 - b2) * rows @ rows.T
+        if t % frequency == 0:
+            corrected = [
+                f / (1 - b2 ** (t + 1)) + eps * np.eye(len(f)) for f in factors
+            ]
+            values, vectors = np.linalg.eigh(functools.reduce(np.kron, corrected))
+            root = (vectors * values**-power) @ vectors.T
+        corrected_mean = mean / (1 - b1 ** (t + 1))
+        steps.append((root @ corrected_mean.ravel()).reshape(shape))
+    return np.stack(steps)
+
+
+@pytest.mark.parametrize("power", [0.25, 0.4, 0.5])
+@pytest.mark.parametrize(
+    ("shape", "frequency"), [((5, 5), 1), ((5, 5), 4), ((3, 4, 3), 3)]
+)
+def test_shampoo_is_a_power_of_the_kronecker_product(power, shape, frequency):
+    grads = gradients(*shape)
+    # Large enough that the product of all eigenvalues is well conditioned.
+    options = {"power": power, "eps": 0.1, "b1": 0.9}
+    tx = soap_optax.scale_by_shampoo(
+        grafting=None, precondition_frequency=frequency, rcond=0, **options
+    )
+    expected = explicit_shampoo(grads, frequency=frequency, **options)
+    np.testing.assert_allclose(run(tx, grads), expected, rtol=0, atol=1e-8)
+    assert np.abs(expected).max() > 0.01
+
+
+def test_grafting_takes_the_norm_of_each_block_from_adam():
+    grads = gradients(6, 4)
+    adam = run(optax.scale_by_adam(0.95, 0.95), grads)
+    options = {"block_size": 2, "precondition_frequency": 3}
+    bare = run(soap_optax.scale_by_shampoo(grafting=None, **options), grads)
+    grafted = run(soap_optax.scale_by_shampoo(**options), grads)
+
+    def blocks(steps):
+        return steps.reshape(-1, 3, 2, 2, 2).swapaxes(2, 3).reshape(-1, 3, 2, 4)
+
+    norms = [np.linalg.norm(blocks(x), axis=-1, keepdims=True) for x in (adam, bare)]
+    expected = blocks(bare) * norms[0] / norms[1]
+    np.testing.assert_allclose(blocks(grafted), expected, rtol=1e-10)
+
+
+@pytest.mark.parametrize("grafting", ["adam", None])
+def test_shampoo_without_factors_is_adam(grafting):
+    grads = gradients(6)
+    adam = run(optax.scale_by_adam(0.9, 0.99), grads)
+    tx = soap_optax.scale_by_shampoo(0.9, 0.99, grafting=grafting)
+    np.testing.assert_array_equal(run(tx, grads), adam)
+
+
+def test_shampoo_keeps_its_roots_between_refreshes():
+    """Unlike SOAP, whose second moments follow every gradient."""
+    grads = gradients(5, 5)
+    tx = soap_optax.scale_by_shampoo(b1=0.0, grafting=None, precondition_frequency=10)
+    state = tx.init(jnp.zeros((5, 5)))
+    probe, steps = jnp.asarray(grads[-1]), []
+    for grad in grads[:10]:
+        _, state = tx.update(jnp.asarray(grad), state)
+        steps.append(tx.update(probe, state)[0])
+    np.testing.assert_allclose(steps[0], steps[8], rtol=1e-9)
+    assert np.abs(steps[9] / steps[8] - 1).max() > 0.1  # step 10 refreshes
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"power": -1}, "power must be .*, got -1"),
+        ({"grafting": "sgd"}, "grafting must be .*, got 'sgd'"),
+        ({"eps": -1.0}, "eps must be .*, got -1"),
+        ({"adam_eps": -1.0}, "adam_eps must be .*, got -1"),
+        ({"block_size": 1}, "block_size must be .*, got 1"),
+    ],
+)
+def test_bad_arguments_of_shampoo(options, message):
+    with pytest.raises(ValueError, match=message):
+        soap_optax.shampoo(1e-3, **options)
+
+
+# --- the paper's Claim 1 -------------------------------------------------------------
+
+
+def test_shampoo_of_power_one_half_is_adafactor_in_its_eigenbasis():
+    """Idealized, i.e. of means over a data set of gradients: Claim 1 of the paper."""
+    m, n = 6, 4
+    rng = np.random.default_rng(0)
+    left, right = (np.eye(k) + 0.3 * rng.normal(size=(k, k)) for k in (m, n))
+    grads = jnp.asarray(left @ rng.normal(size=(50, m, n)) @ right)
+    layout = make_layout((m, n), **LAYOUT_OPTIONS)
+    factors = [jnp.zeros((m, m)), jnp.zeros((n, n))]
+    for t, grad in enumerate(grads):
+        factors = _kronecker.accumulate(
+            factors, [grad] * 2, layout, 1 / (t + 1), HIGHEST
+        )
+    eigh = _refresh.Method("eigh")
+    new = [_refresh.refresh_one(f, jnp.eye(len(f)), eigh) for f in factors]
+    bases = [jnp.swapaxes(x.rows, -2, -1) for x in new]
+    trace = jnp.trace(factors[0])
+
+    def project(grad):
+        return _kronecker.project(grad, bases, layout, HIGHEST)
+
+    squares = [_kronecker.mean_squares(project(grad), layout) for grad in grads]
+    rows, columns = (sum(axis) / len(grads) for axis in zip(*squares, strict=True))
+    values, vectors = np.linalg.eigh(np.kron(*factors) / trace)
+    power_half = (vectors * values**-0.5) @ vectors.T
+    for grad in grads[:3]:
+        shampoo = (power_half @ np.ravel(grad)).reshape(m, n)
+        root = _kronecker.rank_one([rows, columns], grad, layout)
+        adafactor = _kronecker.project_back(
+            project(grad) / root, bases, layout, HIGHEST
+        )
+        np.testing.assert_allclose(adafactor, shampoo, rtol=0, atol=1e-10)
+        eigenvalues = [x.eigenvalues for x in new]
+        scaled = _kronecker.root(project(grad), eigenvalues, layout, 0.5, 0.0)
+        library = _kronecker.project_back(scaled, bases, layout, HIGHEST)
+        np.testing.assert_allclose(library * trace**0.5, shampoo, rtol=0, atol=1e-10)
+        assert np.abs(shampoo).max() > 0.1
+
+
+# --- factorized and one-sided SOAP ---------------------------------------------------
+
+
+@pytest.mark.parametrize("basis", ["previous", "current"])
+@pytest.mark.parametrize("one_sided", [False, True])
+@pytest.mark.parametrize("shape", [(5, 5), (5, 3, 4)])
+def test_factorized(basis, one_sided, shape):
+    options = {"basis": basis, "one_sided": one_sided, "factorized": True}
+    options |= {"initial_basis": "identity"}  # some first factors are singular
+    grads = gradients(*shape)
+    tx = soap_optax.scale_by_soap(
+        eps=EPS, precondition_frequency=3, clip_update_rms=None, **options
+    )
+    assert_same(run(tx, grads), reference.run(grads, eps=EPS, frequency=3, **options))
+
+
+def test_factorized_blocks_and_batches_are_parameters_of_their_own():
+    grads = gradients(2, 4, 6)
+    whole = soap_optax.scale_by_soap(
+        factorized=True,
+        block_size=2,
+        dimension_numbers=soap_optax.DimensionNumbers((1, 2)),
+        precondition_frequency=3,
+    )
+    one = soap_optax.scale_by_soap(factorized=True, precondition_frequency=3)
+    steps = run(whole, grads)
+    for layer, row, column in [(0, 0, 0), (1, 1, 2), (0, 1, 1)]:
+        block = (
+            slice(None),
+            layer,
+            slice(2 * row, 2 * row + 2),
+            slice(2 * column, 2 * column + 2),
+        )
+        np.testing.assert_allclose(steps[block], run(one, grads[block]), atol=1e-9)
+
+
+def test_factorized_without_factors_is_adam():
+    grads = gradients(6)
+    adam = run(optax.scale_by_adam(0.9, 0.99), grads)
+    tx = soap_optax.scale_by_soap(0.9, 0.99, factorized=True, basis="current")
+    np.testing.assert_allclose(run(tx, grads), adam, rtol=1e-14)
+
+
+def entries(tree):
+    return sum(x.size for x in jax.tree.leaves(tree))
+
+
+@pytest.mark.parametrize(
+    ("make", "options", "formula"),
+    [
+        ("soap", {}, lambda m, n: 2 * m**2 + 2 * n**2 + 2 * m * n),
+        ("soap", {"factorized": True}, lambda m, n: 2 * m**2 + 2 * n**2 + m * n),
+        ("soap", {"one_sided": True}, lambda m, n: 2 * min(m, n) ** 2 + 2 * m * n),
+        (
+            "soap",
+            {"one_sided": True, "factorized": True},
+            lambda m, n: 2 * min(m, n) ** 2 + m * n,
+        ),
+        ("soap", {"block_size": 20}, lambda m, n: 2 * 2 * 20 * m * n // 20 + 2 * m * n),
+        ("shampoo", {"grafting": None}, lambda m, n: 2 * m**2 + 2 * n**2 + m * n),
+        ("shampoo", {}, lambda m, n: 2 * m**2 + 2 * n**2 + 3 * m * n),
+    ],
+)
+def test_space(make, options, formula):
+    """The paper's formulas (section 7.2), but for vectors and counts."""
+    m, n = 60, 40
+    tx = getattr(soap_optax, f"scale_by_{make}")(**options)
+    state = jax.eval_shape(tx.init, jnp.zeros((m, n)))
+    vectors = 2 * (m + n) * (n if "block_size" in options else 1)
+    assert 0 <= entries(state) - formula(m, n) <= vectors + 8
+
+
+# --- KL-SOAP -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("basis", ["previous", "current"])
+@pytest.mark.parametrize("frequency", [1, 4])
+@pytest.mark.parametrize("shape", [(5, 5), (4, 5, 4)])
+def test_kl(basis, frequency, shape):
+    options = {"factors": "kl", "basis": basis, "refresh": "eigh"}
+    grads = gradients(*shape)
+    tx = soap_optax.scale_by_soap(eps=EPS, precondition_frequency=frequency, **options)
+    expected = reference.run(grads, eps=EPS, frequency=frequency, **options)
+    assert_same(run(tx, grads), expected)
+
+
+def test_whitened_gram_matrices_are_weighted_by_the_inverse_of_the_other_factor():
+    m, n = 6, 4
+    rng = np.random.default_rng(0)
+    grad = jnp.asarray(rng.normal(size=(m, n)))
+    left, right = (np.cov(rng.normal(size=(k, 5 * k))) for k in (m, n))
+    (e_left, q_left), (e_right, q_right) = map(np.linalg.eigh, (left, right))
+    of_left, of_right = _kronecker.whiten(
+        *(grad, [q_left, q_right], [jnp.asarray(e_left), jnp.asarray(e_right)]),
+        *(make_layout((m, n), **LAYOUT_OPTIONS), HIGHEST),
+    )
+    np.testing.assert_allclose(
+        of_left @ of_left.T, grad @ np.linalg.inv(right) @ grad.T / n, rtol=1e-10
+    )
+    np.testing.assert_allclose(
+        of_right.T @ of_right, grad.T @ np.linalg.inv(left) @ grad / m, rtol=1e-10
+    )
+
+
+@pytest.mark.parametrize("frequency", [1, 10, 100])
+@pytest.mark.parametrize("scale", [1e-6, 1.0, 1e6])
+def test_kl_factors_find_the_covariance(frequency, scale):
+    """From the first step on, for gradients of any size and at any frequency.
+
+    kron(L, R) tends to the covariance of the gradients, if that is such a product.
+    """
+    m, n = 8, 6
+    rng = np.random.default_rng(0)
+    left, right = (np.cov(rng.normal(size=(k, 3 * k))) for k in (m, n))
+    roots = [np.linalg.cholesky(x) for x in (left, right)]
+    tx = soap_optax.scale_by_soap(
+        factors="kl", shampoo_beta=0.99, precondition_frequency=frequency
+    )
+    state, update = tx.init(jnp.zeros((m, n))), jax.jit(tx.update)
+    expected = scale**2 * np.kron(left, right)
+    for step in range(600):
+        grad = scale * roots[0] @ rng.normal(size=(m, n)) @ roots[1].T
+        _, state = update(jnp.asarray(grad), state)
+        if step in (0, 5, 50, 599):
+            ratio = np.trace(np.kron(*state.factors)) / np.trace(expected)
+            assert 1 / 30 < ratio < 30, (step, ratio)
+    found = np.kron(*state.factors)
+    assert np.linalg.norm(found - expected) < 0.35 * np.linalg.norm(expected)
+
+
+def test_kl_with_gradients_of_zero_or_new_directions_stays_finite():
+    tx = soap_optax.scale_by_soap(factors="kl", precondition_frequency=3)
+    rng = np.random.default_rng(0)
+    state = tx.init(jnp.zeros((6, 4), jnp.float32))
+    update = jax.jit(tx.update)
+    for step in range(40):
+        grad = rng.normal(size=(6, 4)) * (step > 3)
+        grad[3:] *= step > 20  # rows that had no gradient
+        updates, state = update(jnp.asarray(grad, jnp.float32), state)
+        assert all(np.isfinite(x).all() for x in jax.tree.leaves((updates, state)))
+        assert np.sqrt(np.mean(np.square(updates))) < 5
+    assert math.prod(f.shape[0] for f in state.factors) == 24
