@@ -3,8 +3,8 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: help setup train train-sharded sweep reliability bench tpu-check test \
-	test-slow test-oldest lint format clean
+.PHONY: help setup train train-sharded sweep reliability experiments bench tpu-check \
+	test test-slow test-oldest lint format clean
 
 help:
 	@echo "make train          SOAP beside AdamW on a small language model, with a plot"
@@ -13,6 +13,7 @@ help:
 	@echo "make test-slow      every combination of options, 2,000 random cases, long runs"
 	@echo "make sweep          the sweep that tuned both optimizers of make train"
 	@echo "make reliability    the figures of docs/reliability.md"
+	@echo "make experiments    the paper's comparison at a small scale, of docs/results.md"
 	@echo "make bench          times and memory of steps, refreshes and compilation"
 	@echo "make tpu-check      training steps compiled for TPU pods, without a TPU"
 	@echo "make test-oldest    the tests on the oldest supported JAX and optax"
@@ -42,6 +43,12 @@ sweep: setup
 
 reliability: setup
 	$(BIN)/python experiments/reliability.py --out docs/results
+
+experiments: setup
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e ".[experiments]"
+	$(BIN)/python experiments/language_model.py --out docs/results
+	$(BIN)/python experiments/pinn.py --out docs/results
+	$(BIN)/python experiments/vision.py --out docs/results
 
 bench: setup
 	$(BIN)/python benchmarks/steps.py --out docs/results

@@ -34,7 +34,13 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
 BASE = Config(
-    steps=300, warmup=30, eval_every=10, eval_batches=4, learning_rate=1e-2, b2=0.95
+    steps=300,
+    warmup=30,
+    eval_every=10,
+    eval_batches=4,
+    learning_rate=1e-2,
+    b2=0.95,
+    diagnose=False,
 )
 RATES = {
     "adamw": (3e-3, 1e-2, 3e-2),

@@ -33,6 +33,14 @@ OPTIMIZERS = {
 SHAPES = {"v": (4,), "w": (4, 2), "t": (2, 4, 2), "s": [(), (1, 2)]}
 
 
+# The others are for make test-slow: half of the time of these tests.
+DTYPES = [
+    *("bfloat16", "float32"),
+    pytest.param("float16", marks=pytest.mark.slow),
+    pytest.param("float64", marks=pytest.mark.slow),
+]
+
+
 @pytest.fixture(params=OPTIMIZERS)
 def make(request):
     return OPTIMIZERS[request.param]
@@ -206,7 +214,7 @@ def test_inject_hyperparams_of_what_fixes_shapes(option):
     jax.jit(tx.update)(normal_tree(seed=1), state, params)
 
 
-@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32", "float64"])
+@pytest.mark.parametrize("dtype", DTYPES)
 def test_dtypes(make, dtype):
     tx, params = make(), normal_tree(dtype)
     state = tx.init(params)
@@ -260,7 +268,7 @@ def test_dtype_options(dtype):
     assert {leaf.dtype for leaf in jax.tree.leaves(second)} == {jnp.dtype("float32")}
 
 
-@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32", "float64"])
+@pytest.mark.parametrize("dtype", DTYPES)
 def test_stability_under_cond(make, dtype):
     tx, params = make(), normal_tree(dtype)
     state = tx.init(params)

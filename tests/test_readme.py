@@ -27,7 +27,7 @@ def test_every_option_is_in_the_table():
     assert all(f"`{name}`" in table for name in keywords)
 
 
-def test_the_three_functions_have_the_same_options():
+def test_functions_that_belong_together_have_the_same_options():
     def options(function):
         parameters = inspect.signature(function).parameters.values()
         return {p.name: p.default for p in parameters if p.kind is p.KEYWORD_ONLY}
@@ -37,4 +37,6 @@ def test_the_three_functions_have_the_same_options():
     wrapper = options(soap_optax.in_eigenbasis)
     wrapper.pop("first_moments")
     soap.pop("clip_update_rms"), wrapper.pop("clip_update_rms")
+    soap.pop("factorized")
     assert wrapper == soap
+    assert options(soap_optax.scale_by_shampoo) == options(soap_optax.shampoo)

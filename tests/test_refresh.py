@@ -1,10 +1,17 @@
 """Refreshes of difficult factors, by every method, in both precisions, batched."""
 
+import ast
+from pathlib import Path
+
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 import training
+
+import soap_optax
+from soap_optax import _refresh
 
 SIZE = 12
 METHODS = ["qr", "cholesky_qr", "eigh"]
@@ -119,3 +126,55 @@ def test_what_fails_stays_in_a_batch(method):
     np.testing.assert_array_equal(bases[expected], start[expected])
     np.testing.assert_array_equal(after[expected], 1)
     assert np.isfinite(bases).all() and np.isfinite(after).all()
+
+
+def trained_on_text():
+    """Factors and eigenbases ten steps after a refresh, of an MLP on source code."""
+    text = np.frombuffer(Path(ast.__file__).read_bytes(), np.uint8) % 64
+    rng = np.random.default_rng(0)
+    params = {
+        "embed": rng.normal(size=(64, 16)),
+        "hidden": rng.normal(size=(128, 48)) / 128**0.5,
+        "out": rng.normal(size=(48, 64)) / 48**0.5,
+    }
+    params = jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), params)
+
+    def loss(params, windows):
+        x = params["embed"][windows[:, :-1]].reshape(len(windows), -1)
+        logits = jnp.tanh(x @ params["hidden"]) @ params["out"]
+        targets = windows[:, -1]
+        return optax.softmax_cross_entropy_with_integer_labels(logits, targets).mean()
+
+    tx = soap_optax.soap(1e-2)
+
+    @jax.jit
+    def step(params, state, windows):
+        updates, state = tx.update(jax.grad(loss)(params, windows), state, params)
+        return optax.apply_updates(params, updates), state
+
+    state = tx.init(params)
+    for _ in range(60):
+        starts = rng.integers(len(text) - 9, size=256)
+        windows = text[starts[:, None] + np.arange(9)].astype(np.int32)
+        params, state = step(params, state, windows)
+    factors, bases = (
+        jax.tree.leaves(tree) for tree in (state[0].factors, state[0].eigenbases)
+    )
+    return list(zip(factors, bases, strict=True))
+
+
+def test_cholesky_qr_is_qr_on_the_factors_of_a_training_run():
+    """To the round-off of float64, from factors and eigenbases of float32."""
+    conditions = []
+    for factor, basis in trained_on_text():
+        wide = factor.astype(jnp.float64), basis.astype(jnp.float64)
+        wide = wide[0], jnp.linalg.qr(wide[1])[0]
+        qr, by_cholesky = (
+            _refresh.refresh_one(*wide, _refresh.Method(name))
+            for name in ("qr", "cholesky_qr")
+        )
+        assert bool(qr.is_new) and bool(by_cholesky.is_new)
+        np.testing.assert_allclose(by_cholesky.rows, qr.rows, rtol=0, atol=1e-7)
+        values = jnp.sort(qr.eigenvalues)
+        conditions.append(float(values[-1] / jnp.maximum(values[0], 1e-300)))
+    assert len(conditions) == 6 and max(conditions) > 1e4
