@@ -75,7 +75,8 @@ def shampoo(
     where hats are bias corrections, and the inverse roots are those of the last of
     every :math:`f` steps. With grafting, :math:`\gamma` gives each block the norm that
     Adam's update would have; else it is 1, and updates of power 1/2 grow like the
-    inverse of a shrinking gradient. Parameters without factors have Adam's. :math:`p` is `power`, :math:`\epsilon` is `eps`, all else as in `soap`.
+    inverse of a shrinking gradient. Parameters without factors have Adam's. :math:`p`
+    is `power`, :math:`\epsilon` is `eps`, all else as in `soap`.
 
     Args:
       learning_rate: see `soap`, as for all arguments not listed here.

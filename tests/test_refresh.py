@@ -153,8 +153,8 @@ def trained_on_text():
         return optax.apply_updates(params, updates), state
 
     state = tx.init(params)
-    for _ in range(60):
-        starts = rng.integers(len(text) - 9, size=256)
+    for _ in range(30):
+        starts = rng.integers(len(text) - 9, size=64)
         windows = text[starts[:, None] + np.arange(9)].astype(np.int32)
         params, state = step(params, state, windows)
     factors, bases = (
