@@ -46,7 +46,7 @@ RATES = {
     "adamw": (3e-3, 1e-2, 3e-2),
     "soap": (1e-2, 3e-2, 1e-1),
     "shampoo": (3e-3, 1e-2, 3e-2, 1e-1),
-    "muon": (3e-3, 1e-2, 3e-2),
+    "muon": (3e-3, 1e-2, 3e-2, 1e-1),
 }
 LABELS = {"adamw": "AdamW", "soap": "SOAP", "shampoo": "Shampoo", "muon": "Muon"}
 COLORS = {"adamw": "C7", "soap": "C3", "shampoo": "C0", "muon": "C2"}

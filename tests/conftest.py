@@ -6,13 +6,12 @@ import tempfile
 
 # Nearly all of the time goes into compiling, for which LLVM need not optimize. Before
 # JAX 0.11 XLA's older emitters can be had, which take half the time.
-FLAGS = [
-    "--xla_force_host_platform_device_count=8",
-    "--xla_backend_optimization_level=0",
-]
-if tuple(map(int, importlib.metadata.version("jax").split(".")[:2])) < (0, 11):
-    FLAGS += ["--xla_cpu_use_fusion_emitters=false"]
-os.environ.setdefault("XLA_FLAGS", " ".join(FLAGS))
+os.environ.setdefault(
+    "XLA_FLAGS",
+    "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
+    + " --xla_cpu_use_fusion_emitters=false"
+    * (tuple(map(int, importlib.metadata.version("jax").split(".")[:2])) < (0, 11)),
+)
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 # Threads of LAPACK only get into each other's way on small matrices.
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
