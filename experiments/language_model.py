@@ -289,6 +289,7 @@ def batch_size(experiment: Experiment) -> None:
             dataclasses.replace(
                 configs[optimizer],
                 batch=None if batch == base else batch,
+                eval_batches=BASE.eval_batches * base // batch,  # as many sequences
                 learning_rate=configs[optimizer].learning_rate * (batch / base) ** 0.5,
             )
             for optimizer in ("adamw", "soap")
