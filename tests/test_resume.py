@@ -155,7 +155,11 @@ def test_donated_buffers(options):
     params, state = jax.tree.map(jnp.array, start)
     donated = run(step_of(tx, donate_argnums=(0, 1)), params, state, range(STEPS))
     assert all(leaf.is_deleted() for leaf in jax.tree.leaves((params, state)))
-    assert_equal(donated, expected)
+    # Another program, in which XLA may round otherwise.
+    jax.tree.map(
+        lambda x, y: np.testing.assert_allclose(x, y, rtol=2e-6, atol=2e-6),
+        *(donated, expected),
+    )
 
 
 def test_a_fresh_state_can_be_donated():
