@@ -41,7 +41,7 @@ def decompositions(compiled):
     return sorted(t for t in targets if re.search("geqrf|syev|potrf", t.lower()))
 
 
-@pytest.mark.parametrize("count", [1, 5])
+@pytest.mark.parametrize("count", [pytest.param(1, marks=pytest.mark.slow), 5])
 @pytest.mark.parametrize("stagger", [False, True])
 @pytest.mark.parametrize("refresh", ["qr", "eigh", "cholesky_qr"])
 def test_one_decomposition_for_each_size(refresh, stagger, count):

@@ -241,7 +241,7 @@ def test_gradients_of_another_dtype():
 
 @pytest.mark.parametrize("grads_dtype", ["float32", "float64"])
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
-@pytest.mark.parametrize("precond_dtype", [None, "bfloat16", "float32", "float64"])
+@pytest.mark.parametrize("precond_dtype", [None, *DTYPES])
 def test_mixed_dtypes(dtype, grads_dtype, precond_dtype):
     tx = soap_optax.scale_by_soap(precond_dtype=precond_dtype, block_size=2)
     params, grads = normal_tree(dtype), normal_tree(grads_dtype)
