@@ -325,6 +325,7 @@ def batch_size(experiment: Experiment) -> None:
         ylabel=f"steps to a validation loss of {target:.3f}",
     )
     axis.set_xticks(BATCHES, BATCHES)
+    axis.set_yticks(marks := (25, 50, 100, 200, 400), marks)
     axis.minorticks_off()
     axis.grid(alpha=0.3)
     axis.legend()
