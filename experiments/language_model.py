@@ -1,6 +1,6 @@
 """The paper's comparison of optimizers on a small language model.
 
-    python experiments/language_model.py                       # all, two hours
+    python experiments/language_model.py                       # all, an hour
     python experiments/language_model.py --parts efficiency
 
 The model is the tiny preset of `examples/train_lm.py`, on the source files of Python's
