@@ -53,7 +53,7 @@ class EigenbasisState(NamedTuple):
       factors: Shampoo's factors.
       eigenbases: orthonormal matrices, one eigenvector a column.
       eigenvalues: estimates of the factors' eigenvalues, `[grid…, b]`, in the order of
-        the columns: exact or nearly so at a refresh, followed since.
+        the columns: exact or nearly so at a refresh, followed since (but by Shampoo).
       skipped: how many of `refreshes` left an eigenbasis as it was, because they failed
         or `refresh_tolerance` made them needless, int32 `[grid…, 1]`.
       inner_state: the inner transformation's. Its moments hold projected coordinates
