@@ -29,14 +29,15 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-import steps
 import tyro
 from flax.training.train_state import TrainState
 from jax.experimental import topologies
 from jax.sharding import AxisType, Mesh, NamedSharding
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
+sys.path.insert(0, str(Path(__file__).parent.parent / "experiments"))
 import train_lm
+from results import machine, show, write
 
 DUMPS = Path(os.environ["XLA_FLAGS"].split("=")[-1])
 
@@ -207,14 +208,14 @@ def main(check: Check) -> None:
     for given, known in ((check.pods, PODS), (check.optimizers, OPTIMIZERS)):
         if set(given) - set(known):
             sys.exit(f"error: must be of {', '.join(known)}, got {', '.join(given)}")
-    about = {**steps.machine(), "libtpu": metadata.version("libtpu")}
+    about = {**machine(), "libtpu": metadata.version("libtpu")}
     rows: list[dict[str, Any]] = []
     for pod in check.pods:
         for name in check.optimizers:
             rows.append(row_of(PODS[pod], name, whole_step=check.step) | about)
-            shown = (f"{k} {steps.show(v)}" for k, v in rows[-1].items())
+            shown = (f"{k} {show(v)}" for k, v in rows[-1].items())
             print("  ".join(shown), flush=True)
-            steps.write(check.out / "pods.csv", rows)
+            write(check.out / "pods.csv", rows)
 
 
 if __name__ == "__main__":

@@ -12,11 +12,8 @@ Writes a table, CSV files and plots. Needs nothing but the package and its examp
 
 import collections
 import contextlib
-import csv
 import dataclasses
 import functools
-import os
-import platform
 import re
 import sys
 import time
@@ -33,6 +30,9 @@ import optax
 import tyro
 
 import soap_optax
+
+sys.path.insert(0, str(Path(__file__).parent.parent / "experiments"))
+from results import machine, show, write
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
@@ -466,30 +466,6 @@ PARTS = {
 
 
 # --- output --------------------------------------------------------------------------
-
-
-def machine() -> dict[str, str]:
-    """Machine, versions and dtype, for every row."""
-    return {
-        "device": jax.devices()[0].device_kind,
-        "cores": str(os.cpu_count()),
-        "python": platform.python_version(),
-        "jax": jax.__version__,
-        "dtype": "float32",
-    }
-
-
-def show(value: Any) -> str:
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
-
-
-def write(path: Path, rows: list[dict[str, Any]]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    fields = list(dict.fromkeys(key for row in rows for key in row))
-    with path.open("w", newline="") as file:
-        writer = csv.DictWriter(file, fields)
-        writer.writeheader()
-        writer.writerows({k: show(v) for k, v in row.items()} for row in rows)
 
 
 def plot(rows: list[dict[str, Any]], path: Path, title: str) -> None:

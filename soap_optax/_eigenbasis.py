@@ -302,9 +302,6 @@ def _init(
     def zero_counts(shape: tuple[int, ...], _: Any) -> jax.Array:
         return jnp.zeros(shape, jnp.int32)
 
-    inner_params = [
-        leaf.cast(array) for leaf, array in zip(plan.leaves, plan.arrays, strict=True)
-    ]
     return EigenbasisState(
         count=_zero_count(),
         refreshes=_zero_count(),
@@ -312,9 +309,7 @@ def _init(
         eigenbases=per_factor("eigenbases", identity),
         eigenvalues=per_factor("eigenvalues", zero_eigenvalues),
         skipped=per_factor("skipped", zero_counts),
-        inner_state=_cast_first_moments(
-            plan, options, inner.init(plan.treedef.unflatten(inner_params))
-        ),
+        inner_state=_cast_first_moments(plan, options, inner.init(plan.widened())),
     )
 
 

@@ -133,15 +133,14 @@ def _whitening(
     count = sum(values is not None for values in eigenvalues)
     if count < 2:
         return [None] * len(eigenvalues)
-    blocks = layout.to_blocks(_at_least_float32(array))
-    size = blocks.size // math.prod(blocks.shape[axis] for axis in layout.grid)
-    mean_square = _energy(blocks, layout)[..., None] / size
-    start = mean_square ** (1 / count)
+    array = _at_least_float32(array)
+    rows = mean_squares(array, layout)[0]
+    start = jnp.mean(rows, axis=-1, keepdims=True) ** (1 / count)
 
     def one(values: jax.Array | None) -> jax.Array | None:
         if values is None:
             return None
-        values = values.astype(blocks.dtype)
+        values = values.astype(array.dtype)
         mean = jnp.mean(values, axis=-1, keepdims=True)
         floored = jnp.where(mean > 0, jnp.maximum(values, _KL_FLOOR * mean), start)
         safe = jnp.where(floored > 0, floored, 1)

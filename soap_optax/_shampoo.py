@@ -13,6 +13,7 @@ from soap_optax._eigenbasis import (
     Options,
     make_transformation,
 )
+from soap_optax._soap import optimizer
 
 
 class ShampooState(NamedTuple):
@@ -118,10 +119,7 @@ def shampoo(
       Distributed Shampoo Optimizer <https://arxiv.org/abs/2309.06497>`_, 2023, for
       epsilon.
     """
-    infinity = float("inf")
-    _arguments.require_number_or_schedule("learning_rate", learning_rate, 0, infinity)
-    _arguments.require_number_or_schedule("weight_decay", weight_decay, 0, infinity)
-    return optax.chain(
+    return optimizer(
         scale_by_shampoo(
             b1=b1,
             b2=b2,
@@ -148,8 +146,7 @@ def shampoo(
             rcond=rcond,
             params_sharding=params_sharding,
         ),
-        optax.add_decayed_weights(weight_decay, mask),
-        optax.scale_by_learning_rate(learning_rate),
+        *(learning_rate, weight_decay, mask),
     )
 
 
@@ -226,7 +223,19 @@ def scale_by_shampoo(
         root=(power, eps),
     )
     mean = optax.with_extra_args_support(optax.ema(b1))
-    preconditioner = make_transformation(lambda _: mean, options)
+    adam = optax.scale_by_adam(b1, b2, adam_eps, mu_dtype=mu_dtype)
+    return _grafted(
+        make_transformation(lambda _: mean, options), adam, grafting, options
+    )
+
+
+def _grafted(
+    preconditioner: optax.GradientTransformationExtraArgs,
+    adam: optax.GradientTransformation,
+    grafting: str | None,
+    options: Options,
+) -> optax.GradientTransformationExtraArgs:
+    """The preconditioner, with Adam where there are no factors, and its norms."""
 
     def has_adam(params: optax.Params) -> Any:
         plan = options.plan(params)
@@ -234,19 +243,20 @@ def scale_by_shampoo(
             grafting == "adam" or not any(leaf.layout.factored) for leaf in plan.leaves
         )
 
-    adam = optax.masked(
-        optax.scale_by_adam(b1, b2, adam_eps, mu_dtype=mu_dtype), has_adam
-    )
+    def combine(step: Any, adam_step: Any, leaf: _tree.Leaf) -> jax.Array:
+        if not any(leaf.layout.factored):
+            return adam_step
+        if grafting is None:
+            return step
+        step, adam_step = (_sharding.for_blocks(s, leaf) for s in (step, adam_step))
+        grafted = _kronecker.graft(step, adam_step, leaf.layout)
+        return _sharding.like_parameter(grafted, leaf)
 
-    def widened(tree: Any) -> Any:
-        plan = options.plan(tree)
-        return plan.treedef.unflatten(
-            leaf.cast(array)
-            for leaf, array in zip(plan.leaves, plan.arrays, strict=True)
-        )
+    adam = optax.masked(adam, has_adam)
 
     def init_fn(params: optax.Params) -> ShampooState:
-        return ShampooState(preconditioner.init(params), adam.init(widened(params)))
+        wide = options.plan(params).widened()
+        return ShampooState(preconditioner.init(params), adam.init(wide))
 
     def update_fn(
         updates: optax.Updates,
@@ -255,21 +265,11 @@ def scale_by_shampoo(
         **extra_args: Any,
     ) -> tuple[optax.Updates, ShampooState]:
         plan = options.plan(updates)
-        wide = widened(updates)
+        wide = plan.widened()
         steps, of_shampoo = preconditioner.update(
             *(wide, state.preconditioner, params), **extra_args
         )
         of_adam, adam_state = adam.update(wide, state.adam)
-
-        def combine(step: Any, adam_step: Any, leaf: _tree.Leaf) -> jax.Array:
-            if not any(leaf.layout.factored):
-                return adam_step
-            if grafting is None:
-                return step
-            step, adam_step = (_sharding.for_blocks(s, leaf) for s in (step, adam_step))
-            grafted = _kronecker.graft(step, adam_step, leaf.layout)
-            return _sharding.like_parameter(grafted, leaf)
-
         new_updates = [
             combine(step, adam_step, leaf).astype(gradient.dtype)
             for step, adam_step, leaf, gradient in zip(

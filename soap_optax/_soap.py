@@ -164,10 +164,7 @@ def soap(
       Vyas et al., `SOAP: Improving and Stabilizing Shampoo using Adam
       <https://arxiv.org/abs/2409.11321>`_, 2024
     """
-    infinity = float("inf")
-    _arguments.require_number_or_schedule("learning_rate", learning_rate, 0, infinity)
-    _arguments.require_number_or_schedule("weight_decay", weight_decay, 0, infinity)
-    return optax.chain(
+    return optimizer(
         scale_by_soap(
             b1=b1,
             b2=b2,
@@ -194,6 +191,22 @@ def soap(
             clip_update_rms=clip_update_rms,
             params_sharding=params_sharding,
         ),
+        *(learning_rate, weight_decay, mask),
+    )
+
+
+def optimizer(
+    transformation: optax.GradientTransformation,
+    learning_rate: optax.ScalarOrSchedule,
+    weight_decay: optax.ScalarOrSchedule,
+    mask: Any | Callable[[optax.Params], Any] | None,
+) -> optax.GradientTransformationExtraArgs:
+    """The transformation, then weight decay and learning rate, as in `optax.adamw`."""
+    infinity = float("inf")
+    _arguments.require_number_or_schedule("learning_rate", learning_rate, 0, infinity)
+    _arguments.require_number_or_schedule("weight_decay", weight_decay, 0, infinity)
+    return optax.chain(
+        transformation,
         # No decay leaves out a pass over the parameters; a traced 0 may change.
         optax.identity()
         if isinstance(weight_decay, (int, float)) and weight_decay == 0

@@ -62,6 +62,13 @@ class Plan(NamedTuple):
     leaves: list[Leaf]
     arrays: list[Any]
 
+    def widened(self) -> Any:
+        """The tree, each array in the dtype of its moments."""
+        return self.treedef.unflatten(
+            leaf.cast(array)
+            for leaf, array in zip(self.leaves, self.arrays, strict=True)
+        )
+
 
 def make_plan(
     tree: Any,

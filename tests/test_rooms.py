@@ -20,7 +20,9 @@ ROOMS = {
     },
     "_factorized": {"_kronecker", "_sharding", "_tree"},
     "_soap": {"_arguments", "_eigenbasis", "_factorized"},
-    "_shampoo": {"_arguments", "_eigenbasis", "_kronecker", "_sharding", "_tree"},
+    "_shampoo": {
+        *("_arguments", "_eigenbasis", "_kronecker", "_sharding", "_soap", "_tree"),
+    },
     "_diagnostics": {"_arguments", "_eigenbasis", "_kronecker", "_refresh"},
     "__init__": {
         *("_diagnostics", "_eigenbasis", "_layout", "_shampoo", "_sharding", "_soap"),
