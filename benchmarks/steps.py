@@ -18,6 +18,7 @@ import re
 import sys
 import time
 from collections.abc import Callable, Iterator
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -188,29 +189,82 @@ def steps(bench: Bench) -> Iterator[dict[str, Any]]:
     bare = bare_step(shape)
     jax.block_until_ready(bare())
     for name in bench.rows:
-        tx = ROWS[name]()
-        compiling, program = compiled(tx, shape)
-        memory = program.memory_analysis()
-        params = normal(shape, 1)
-        state = jax.jit(tx.init)(params)
-        row = {
-            "optimizer": name,
-            "state_mb": nbytes(state) / 1e6,
-            "temporary_mb": memory.temp_size_in_bytes / 1e6,
-            "temporary_share": memory.temp_size_in_bytes / nbytes(state),
-            "program_mb": memory.generated_code_size_in_bytes / 1e6
-            or len(program.as_text()) / 1e6,
-            "compile_s": compiling,
-            **decompositions(program),
-        }
-        times: list[float] = []
-        products: list[float] = []
-        gradients = [normal(shape, seed) for seed in range(2, 4)]
-        for count in range(10 * (bench.cycles + 1)):
-            spent, (state, _) = seconds(program, state, gradients[count % 2], params)
-            times.append(spent)
-            products.append(seconds(bare)[0])
-        yield {**row, **timings(times, products)}
+        yield steps_of(name, shape, bare, bench.cycles)
+
+
+def steps_of(
+    name: str, shape: Shape, bare: Callable[[], Any], cycles: int
+) -> dict[str, Any]:
+    """The program of one optimizer, and its steps in turn with the bare products."""
+    tx = ROWS[name]()
+    compiling, program = compiled(tx, shape)
+    memory = program.memory_analysis()
+    params = normal(shape, 1)
+    state = jax.jit(tx.init)(params)
+    row = {
+        "optimizer": name,
+        "state_mb": nbytes(state) / 1e6,
+        "temporary_mb": memory.temp_size_in_bytes / 1e6,
+        "temporary_share": memory.temp_size_in_bytes / nbytes(state),
+        "program_mb": memory.generated_code_size_in_bytes / 1e6
+        or len(program.as_text()) / 1e6,
+        "compile_s": compiling,
+        **decompositions(program),
+    }
+    gradients = [normal(shape, seed) for seed in range(2, 4)]
+
+    def step(count: int) -> float:
+        nonlocal state
+        spent, (state, _) = seconds(program, state, gradients[count % 2], params)
+        return spent
+
+    return row | in_turn(step, bare, cycles)
+
+
+def peers(bench: Bench) -> Iterator[dict[str, Any]]:
+    """SOAP of pytorch-optimizer, which has to be installed, and this one before it."""
+    import pytorch_optimizer
+    import torch
+
+    shape = PRESETS[bench.preset]
+    bare = bare_step(shape)
+    jax.block_until_ready(bare())
+    yield steps_of("soap", shape, bare, bench.cycles)
+
+    def tensors(seed: int) -> list[Any]:
+        leaves = jax.tree.leaves(normal(shape, seed))
+        return [torch.tensor(np.asarray(leaf)) for leaf in leaves]
+
+    params = [torch.nn.Parameter(tensor) for tensor in tensors(1)]
+    gradients = [tensors(seed) for seed in range(2, 4)]
+    optimizer = pytorch_optimizer.SOAP(params, lr=3e-3, precondition_frequency=10)
+
+    def step(count: int) -> float:
+        for param, gradient in zip(params, gradients[count % 2], strict=True):
+            param.grad = gradient
+        return seconds(optimizer.step)[0]
+
+    times = in_turn(step, bare, bench.cycles)
+    state = [x for of in optimizer.state.values() for x in jax.tree.leaves(of)]
+    tensors_of_state = [x for x in state if isinstance(x, torch.Tensor)]
+    yield {
+        "optimizer": f"pytorch-optimizer {version('pytorch-optimizer')}, "
+        f"torch {torch.__version__}",
+        "state_mb": sum(x.numel() * x.element_size() for x in tensors_of_state) / 1e6,
+        **times,
+    }
+
+
+def in_turn(
+    step: Callable[[int], float], bare: Callable[[], Any], cycles: int
+) -> dict[str, float]:
+    """Figures of steps and bare products that are run in turn."""
+    times: list[float] = []
+    products: list[float] = []
+    for count in range(10 * (cycles + 1)):
+        times.append(step(count))
+        products.append(seconds(bare)[0])
+    return timings(times, products)
 
 
 def timings(times: list[float], products: list[float]) -> dict[str, float]:
@@ -461,7 +515,8 @@ def optimizer_seconds(tx: optax.GradientTransformation, params: Tree) -> float:
 
 
 PARTS = {
-    part.__name__: part for part in (steps, refreshes, compiling, precisions, training)
+    part.__name__: part
+    for part in (steps, refreshes, compiling, precisions, training, peers)
 }
 
 

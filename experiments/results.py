@@ -10,9 +10,6 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-# Before JAX loads LAPACK: its threads get into each other's way on small matrices.
-os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
-
 import jax
 import numpy as np
 
@@ -70,6 +67,8 @@ def run_all(
     missing = [name for name in jobs if not (folder / f"{name}.csv").exists()]
     on_cpu = jax.default_backend() == "cpu" and hasattr(os, "sched_setaffinity")
     if missing and on_cpu:
+        # Of the processes below, before they load LAPACK: one core, one thread.
+        os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
         cores = multiprocessing.get_context("spawn").SimpleQueue()
         available = sorted(os.sched_getaffinity(0))
         for core in available:

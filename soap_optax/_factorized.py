@@ -66,10 +66,14 @@ def scale_by_factorized_adam(
         treedef: Any
         arrays, treedef = jax.tree.flatten(updates)
         old = _tree.find(leaves, state.nu)
-        nu = [
-            optax.tree.update_moment(squares(array, leaf), means, b2, 1)
-            for array, leaf, means in zip(arrays, leaves, old, strict=True)
-        ]
+
+        def second_moments(array: Any, leaf: _tree.Leaf, old: Any) -> list[jax.Array]:
+            new = optax.tree.update_moment(squares(array, leaf), old, b2, 1)
+            if not any(leaf.layout.factored):
+                return new
+            return [_sharding.placed(mean, _sharding.of_vector(leaf)) for mean in new]
+
+        nu = [second_moments(*of) for of in zip(arrays, leaves, old, strict=True)]
 
         def scale(moment: jax.Array, means: Any, leaf: _tree.Leaf) -> jax.Array:
             if any(leaf.layout.factored):

@@ -45,6 +45,24 @@ def is_dimension_numbers(value: Any) -> bool:
     )
 
 
+class CutBlocks(NamedTuple):
+    """Blocks of a (merged) axis that lie on several devices each.
+
+    Attributes:
+      axes: of the parameter.
+      size: of all of it.
+      block: the side of its blocks.
+      shard: how much of it a device has.
+      fitting: the largest side of blocks that would lie on one device each, or 0.
+    """
+
+    axes: tuple[int, ...]
+    size: int
+    block: int
+    shard: int
+    fitting: int
+
+
 @dataclasses.dataclass(frozen=True)
 class Layout:
     """How an array of shape `shape` is viewed as an array of equal blocks.
@@ -108,15 +126,35 @@ class Layout:
             entries.append(None if size % _shards(entry, sizes) else entry)
         return jax.P(*entries)
 
+    def spec_of_grid(self, spec: jax.P, sizes: Mapping[str, int]) -> jax.P:
+        """Likewise, how the grid of blocks is."""
+        view = self.spec_of_view(spec, sizes)
+        return jax.P(*(view[axis] for axis in self.grid))
+
     def is_aligned(self, spec: jax.P, sizes: Mapping[str, int]) -> bool:
         """Whether all mesh axes that shard it cut its grid of blocks, and some do.
 
         If there are any: one device has all.
         """
-        view = self.spec_of_view(spec, sizes)
-        on_grid = {name for axis in self.grid for name in mesh_axes(view[axis])}
+        grid = self.spec_of_grid(spec, sizes)
+        on_grid = {name for entry in grid for name in mesh_axes(entry)}
         named = {n for entry in spec for n in mesh_axes(entry) if sizes[n] > 1}
         return named <= on_grid and bool(named or math.prod(sizes.values()) == 1)
+
+    def cut_blocks(self, spec: jax.P, sizes: Mapping[str, int]) -> list[CutBlocks]:
+        """The (merged) axes whose blocks lie on several devices each."""
+        found = []
+        for axes, block in self.blocked():
+            first, *others = (_shards(spec[axis], sizes) for axis in axes)
+            within = math.prod(others)
+            size = math.prod(self.shape[axis] for axis in axes)
+            if within > 1 or size // first % block:
+                shard = size // first
+                fits = [b for b in range(2, block) if within == 1 and shard % b == 0]
+                found.append(
+                    CutBlocks(axes, size, block, shard // within, max(fits, default=0))
+                )
+        return found
 
     def specs_of_factors(
         self, spec: jax.P, sizes: Mapping[str, int]
@@ -126,8 +164,7 @@ class Layout:
         The grid as in the array of blocks; the rows by the mesh axes of the axes that
         are not cut into blocks, as far as they divide them. None without a factor.
         """
-        view = self.spec_of_view(spec, sizes)
-        grid = [view[axis] for axis in self.grid]
+        grid = self.spec_of_grid(spec, sizes)
         used = {axis for entry in grid for axis in mesh_axes(entry)}
         cut = {axis for axes, _ in self.blocked() for axis in axes}
         whole = (entry for axis, entry in enumerate(spec) if axis not in cut)
@@ -144,13 +181,13 @@ class Layout:
 
     def local(self, spec: jax.P, sizes: Mapping[str, int]) -> "Layout":
         """The layout of what one device has."""
-        view = self.spec_of_view(spec, sizes)
-        cut = lambda shape, by: tuple(  # noqa: E731
-            size // _shards(entry, sizes) for size, entry in zip(shape, by, strict=True)
-        )
-        return dataclasses.replace(
-            self, shape=cut(self.shape, spec), view=cut(self.view, view)
-        )
+
+        def cut(shape: tuple[int, ...], by: jax.P) -> tuple[int, ...]:
+            entries = zip(shape, by, strict=True)
+            return tuple(size // _shards(entry, sizes) for size, entry in entries)
+
+        view = cut(self.view, self.spec_of_view(spec, sizes))
+        return dataclasses.replace(self, shape=cut(self.shape, spec), view=view)
 
     def factor_shapes(self) -> tuple[tuple[int, ...] | None, ...]:
         """The shape `[grid…, b, b]` of each factor, None where it is the identity."""
@@ -170,6 +207,12 @@ def mesh_axes(entry: Any) -> tuple[str, ...]:
 
 def _shards(entry: Any, sizes: Mapping[str, int]) -> int:
     return math.prod(sizes[name] for name in mesh_axes(entry))
+
+
+def layout_of_factors(count: int, size: int) -> Layout:
+    """Of a parameter with `count` blocks and one factor each, `[count, size, size]`."""
+    shape, axes = (count, size), (0, 1)
+    return Layout(shape, axes, shape, axes, grid=(0,), axes=(1,), factored=(True,))
 
 
 def _identity(shape: tuple[int, ...]) -> Layout:

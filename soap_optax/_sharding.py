@@ -22,7 +22,7 @@ import numpy as np
 import optax
 
 from soap_optax import _arguments, _refresh, _tree
-from soap_optax._layout import Layout, mesh_axes
+from soap_optax._layout import layout_of_factors, mesh_axes
 from soap_optax._refresh import Bases, Method, Refresh, Refreshed, put, take
 
 NamedSharding = jax.sharding.NamedSharding
@@ -136,9 +136,16 @@ def of_factors(leaf: _tree.Leaf) -> Sequence[NamedSharding | None]:
 
 def of_vectors(leaf: _tree.Leaf) -> Sequence[NamedSharding | None]:
     """The shardings of what belongs to the factors, `[grid…, b]`, likewise."""
-    return [
-        s and NamedSharding(s.mesh, jax.P(*s.spec[:-2], None)) for s in of_factors(leaf)
-    ]
+    return [s and of_vector(leaf) for s in of_factors(leaf)]
+
+
+def of_vector(leaf: _tree.Leaf) -> NamedSharding | None:
+    """The sharding of what belongs to an axis, `[grid…, b]`; None: not known."""
+    if leaf.sharding is None:
+        return None
+    mesh = leaf.sharding.mesh
+    grid = leaf.layout.spec_of_grid(leaf.sharding.spec, mesh.shape)
+    return NamedSharding(mesh, jax.P(*grid, None))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -298,7 +305,7 @@ class ShardedRefresh:
                     jnp.zeros_like, jax.eval_shape(bring, *operands)
                 ),
             )(factors, bases)
-            layouts.append(_layout_of_rooms(*factor.shape[:2]))
+            layouts.append(layout_of_factors(*factor.shape[:2]))
             all_factors.append([factor])
             for of_kind, one in zip(mine, brought, strict=True):
                 of_kind.append(one)
@@ -390,12 +397,6 @@ def _mesh(leaves: Sequence[_tree.Leaf]) -> Any:
 
 def _spec(leaf: _tree.Leaf) -> jax.P:
     return leaf.sharding.spec  # type: ignore[union-attr]
-
-
-def _layout_of_rooms(rooms: int, size: int) -> Layout:
-    """Of a parameter with the factors `[rooms, b, b]` along its last axis."""
-    shape, axes = (rooms, size), (0, 1)
-    return Layout(shape, axes, shape, axes, grid=(0,), axes=(1,), factored=(True,))
 
 
 def make_refresh(
@@ -512,21 +513,17 @@ def warn_of_cut_blocks(leaf: _tree.Leaf) -> None:
     """Warns if blocks of a parameter lie on several devices each."""
     if leaf.sharding is None:
         return
-    sizes, spec = _mesh([leaf]).shape, leaf.sharding.spec
-    for axes, block in leaf.layout.blocked():
-        shards, *inner = (math.prod(map(sizes.get, mesh_axes(spec[a]))) for a in axes)
-        size = math.prod(leaf.layout.shape[axis] for axis in axes)
-        if math.prod(inner) == 1 and size // shards % block == 0:
-            continue
-        fits = [b for b in range(2, block) if size // shards % b == 0]
-        advice = f"block_size={fits[-1]} would fit" if fits else "no block_size fits"
-        if math.prod(inner) > 1:
+    for cut in leaf.layout.cut_blocks(_spec(leaf), _mesh([leaf]).shape):
+        if len(cut.axes) > 1 and not cut.fitting:
             advice = "only the first of merged axes can be sharded along its blocks"
-        names = axes[0] if len(axes) == 1 else axes
+        elif cut.fitting:
+            advice = f"block_size={cut.fitting} would fit"
+        else:
+            advice = "no block_size fits"
+        axes = cut.axes[0] if len(cut.axes) == 1 else cut.axes
         warnings.warn(
             f"{leaf.name}: blocks cut across shards, so that each step gathers the "
-            f"gradient and each refresh communicates: axis {names} of size {size} has "
-            f"blocks of {block} and shards of {size // shards // math.prod(inner)}; "
-            f"{advice}",
+            f"gradient and each refresh communicates: axis {axes} of size {cut.size} "
+            f"has blocks of {cut.block} and shards of {cut.shard}; {advice}",
             stacklevel=2,
         )

@@ -120,6 +120,7 @@ CASES = {
     "cut": (CUT, {"block_size": 8, "stagger": True}),
     "factorized": (UNBLOCKED, {"factorized": True, "factors": "kl"}),
     "shampoo": (ALIGNED, {"block_size": 4, "optimizer": soap_optax.shampoo}),
+    "bf16": (UNBLOCKED, {"precond_dtype": jnp.bfloat16, "mu_dtype": jnp.bfloat16}),
 }
 IN_EVERY_RUN = {
     ("aligned", "3d", AxisType.Auto),
@@ -128,6 +129,7 @@ IN_EVERY_RUN = {
     ("cut", "1d", AxisType.Explicit),
     ("factorized", "2d", AxisType.Explicit),
     ("shampoo", "3d", AxisType.Auto),
+    ("bf16", "2d", AxisType.Auto),
 }
 
 
@@ -159,12 +161,14 @@ def test_the_trajectory_is_that_of_one_device(case, mesh, kind):
         return jax.jit(step, donate_argnums=donated)
 
     step, alone_step = train(tx, (0, 1)), train(alone, ())
+    # Sums in another order are rounded to other bfloat16 numbers now and then.
+    atol = 1e-3 if "precond_dtype" in options else 1e-10
     for i in range(25):
         grads = gradients(parameters, i)
         placed, state = step(placed, state, jax.device_put(grads, params_sharding))
         params, alone_state = alone_step(params, alone_state, grads)
         for name in parameters:
-            np.testing.assert_allclose(placed[name], params[name], rtol=0, atol=1e-10)
+            np.testing.assert_allclose(placed[name], params[name], rtol=0, atol=atol)
     jax.tree.map(
         lambda array, sharding: np.testing.assert_equal(
             array.sharding.is_equivalent_to(sharding, array.ndim), True
