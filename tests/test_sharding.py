@@ -45,6 +45,10 @@ CUT = {
     "vector": ((16,), P("y")),
     "scalar": ((), P()),
 }
+by_types = pytest.mark.skipif(
+    jax.__version_info__ < (0, 8),
+    reason="JAX 0.7 does not compile for the mesh of jax.set_mesh without arrays on it",
+)
 MESHES = {"1d": (1, 1, 8), "2d": (1, 2, 4), "3d": (2, 2, 2)}
 
 
@@ -443,6 +447,7 @@ def test_no_array_is_made():
         state_sharding(optax.adamw(1e-3), {}, {})
 
 
+@by_types
 def test_adam_alone_and_meshes_of_jax_set_mesh():
     mesh = make_mesh((2, 2, 2))
     params = abstract(PARAMETERS)
@@ -480,6 +485,7 @@ def test_flax_boxes_and_logical_axes():
         jax.jit(tx.update)(real, state, real)
 
 
+@by_types
 def test_nnx_optimizer():
     mesh = make_mesh((1, 2, 4))
     init = nnx.with_partitioning(nnx.initializers.lecun_normal(), ("x", "y"))
