@@ -393,6 +393,7 @@ def _unless_first(
     Not by choosing between two results: what is chosen from cannot be overwritten.
     """
 
+    @functools.partial(jax.jit, inline=True)  # traced once for both branches
     def run(eigenvalues: Any, inner_state: Any) -> tuple[Any, ...]:
         steps, new = step(
             state._replace(eigenvalues=eigenvalues, inner_state=inner_state)

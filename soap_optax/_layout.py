@@ -98,11 +98,10 @@ class Layout:
     def from_blocks(self, blocks: jax.Array, like: jax.Array) -> jax.Array:
         """Inverse of `to_blocks`, sharded like `like`."""
         inverse = sorted(range(len(self.order)), key=self.order.__getitem__)
-        ordered = jax.eval_shape(lambda x: x.transpose(self.order), like)
+        shape = [self.shape[axis] for axis in self.order]
         sharding = explicit_sharding(like, self.order)
-        return jax.lax.reshape(blocks, ordered.shape, out_sharding=sharding).transpose(
-            inverse
-        )
+        ordered = jax.lax.reshape(blocks, shape, out_sharding=sharding)
+        return ordered.transpose(inverse)
 
     def blocked(self) -> list[tuple[tuple[int, ...], int]]:
         """The (merged) axes that are cut into blocks, and the side of those."""

@@ -24,16 +24,21 @@ def layers(count):
     return {f"layer_{i}": layer for i in range(count)}
 
 
-def program(params, **options):
-    """A compiled step whose state may be overwritten."""
+def traced(params, **options):
+    """A step whose state may be overwritten, and the bytes of that."""
     tx = soap_optax.soap(1e-3, **options)
     state = jax.eval_shape(tx.init, params)
     step = jax.jit(
         lambda state, grads, params: tx.update(grads, state, params)[::-1],
         donate_argnums=0,
     )
-    compiled = step.lower(state, params, params).compile()
-    return compiled, sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(state))
+    size = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(state))
+    return step.trace(state, params, params), size
+
+
+def program(params, **options):
+    step, size = traced(params, **options)
+    return step.lower().compile(), size
 
 
 def decompositions(compiled):
@@ -54,6 +59,19 @@ def test_one_decomposition_for_each_size(refresh, stagger, count):
     assert len(found) == 2 * len(kinds[refresh])  # sizes 16 and 24
     for kind in kinds[refresh]:
         assert sum(kind in name.lower() for name in found) == 2
+
+
+@pytest.mark.parametrize("platform", ["cuda", "tpu"])
+@pytest.mark.parametrize("refresh", ["qr", "cholesky_qr"])
+def test_one_decomposition_for_each_size_on_other_platforms(refresh, platform):
+    """As far as JAX takes the program there without a device."""
+    step, _ = traced(layers(5), refresh=refresh, initial_basis="identity")
+    text = step.lower(lowering_platforms=(platform,)).as_text()
+    name = {"cuda": r"@\w*geqrf\w*", "tpu": "@Qr"}[platform]
+    assert len(re.findall(rf"custom_call {name}\(", text)) == 2
+    by_cholesky = re.findall(r"stablehlo.cholesky|custom_call @\w*potrf", text)
+    assert len(by_cholesky) == (2 if refresh == "cholesky_qr" else 0)
+    assert not re.search(r"syev|Eigh", text)
 
 
 def test_the_published_start_adds_one_for_each_size():
