@@ -4,8 +4,8 @@
 
 For each row of the table: the bytes of the optimizer's state and of temporaries on a
 chip, the collectives of the optimizer (its update compiled alone, without the clipping
-by global norm before it, whose sums cross all chips), and what compiling took. Needs
-the `libtpu` package; runs on a machine with nothing but CPUs.
+by global norm before it, whose sums cross all chips) and of the whole step, and what
+compiling took. Needs the `libtpu` package; runs on a machine with nothing but CPUs.
 """
 
 import os
@@ -17,6 +17,7 @@ os.environ["XLA_FLAGS"] = f"--xla_dump_hlo_as_text --xla_dump_to={tempfile.mkdte
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["TPU_SKIP_MDS_QUERY"] = "1"
 
+import collections
 import dataclasses
 import math
 import re
@@ -126,18 +127,19 @@ def bytes_of(shapes: Any, *, on_a_chip: bool) -> int:
     )
 
 
-def collectives(text: str) -> dict[str, tuple[int, int]]:
-    """Of a compiled program: for each kind how many, and the bytes of their results."""
+def collectives(text: str) -> dict[str, Any]:
+    """Of a compiled program: how many of each kind, and the bytes of their results."""
     kinds = "all-reduce|all-gather|all-to-all|reduce-scatter|collective-permute"
-    found: dict[str, tuple[int, int]] = {}
+    counts: collections.Counter[str] = collections.Counter()
+    size = 0
     for result, kind in re.findall(rf"= (.*?) ({kinds})(?:-start)?\(", text):
-        sizes = [
+        counts[kind] += 1
+        size += sum(
             math.prod(int(n) for n in shape.split(",") if n) * width(dtype)
             for dtype, shape in re.findall(r"([a-z]+\d+)\[([\d,]*)\]", result)
-        ]
-        count, total = found.get(kind, (0, 0))
-        found[kind] = count + 1, total + sum(sizes)
-    return found
+        )
+    named = "; ".join(f"{count} {kind}" for kind, count in sorted(counts.items()))
+    return {"collectives": named or 0, "collectives_mb": size / 1e6}
 
 
 def width(dtype: str) -> int:
@@ -167,7 +169,6 @@ def row_of(pod: Pod, name: str, *, whole_step: bool) -> dict[str, Any]:
     update = jax.jit(tx.update, donate_argnums=1, out_shardings=shardings)
     lowered = update.lower(alone.params, alone.opt_state, alone.params)
     seconds, program, text = timed(lowered)
-    found = collectives(text)
     memory = program.memory_analysis()
     state = bytes_of(alone.opt_state, on_a_chip=True)
     total = bytes_of(alone.opt_state, on_a_chip=False)
@@ -181,8 +182,7 @@ def row_of(pod: Pod, name: str, *, whole_step: bool) -> dict[str, Any]:
         "state_mb_a_chip": state / 1e6,
         "state_over_share": state / (total / chips),
         "temporary_mb_a_chip": memory.temp_size_in_bytes / 1e6,
-        "collectives": "; ".join(f"{n} {k}" for k, (n, _) in found.items()) or 0,
-        "collectives_mb": sum(size for _, size in found.values()) / 1e6,
+        **collectives(text),
         "program_mb": memory.generated_code_size_in_bytes / 1e6,
         "compile_s": seconds,
     }
@@ -194,10 +194,11 @@ def row_of(pod: Pod, name: str, *, whole_step: bool) -> dict[str, Any]:
     spread = NamedSharding(mesh, train_lm.batch_sharding(mesh, 3).spec)
     step = train_lm.jit_step(config, model, whole)
     lowered = step.lower(whole, tokens.update(sharding=spread))
-    seconds, program, _ = timed(lowered)
+    seconds, program, text = timed(lowered)
     memory = program.memory_analysis()
     return {
         **row,
+        **{f"step_{name}": value for name, value in collectives(text).items()},
         "step_temporary_mb_a_chip": memory.temp_size_in_bytes / 1e6,
         "step_program_mb": memory.generated_code_size_in_bytes / 1e6,
         "step_compile_s": seconds,
