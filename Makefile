@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 
 .PHONY: help setup train train-sharded sweep reliability experiments bench tpu-check \
-	test test-slow test-oldest lint format clean
+	gpu-check test test-slow test-oldest lint format clean
 
 help:
 	@echo "make train          SOAP beside AdamW on a small language model, with a plot"
@@ -16,6 +16,7 @@ help:
 	@echo "make experiments    the paper's comparison at a small scale, of docs/results.md"
 	@echo "make bench          times and memory of steps, refreshes and compilation"
 	@echo "make tpu-check      training steps compiled for TPU pods, without a TPU"
+	@echo "make gpu-check      memory of training steps compiled for a GPU, without a GPU"
 	@echo "make test-oldest    the tests on the oldest supported JAX and optax"
 	@echo "make format         format the code"
 	@echo "PYTHON=python3.12 VENV=.venv-3.12 choose another interpreter."
@@ -60,6 +61,12 @@ tpu-check:
 	$(MAKE) setup VENV=.venv-tpu
 	.venv-tpu/bin/python -m pip install --quiet libtpu
 	.venv-tpu/bin/python benchmarks/pods.py --out docs/results
+
+# In an environment of its own: CUDA's libraries take 5 GB.
+gpu-check:
+	$(MAKE) setup VENV=.venv-gpu
+	.venv-gpu/bin/python -m pip install --quiet "jax[cuda12]"
+	.venv-gpu/bin/python benchmarks/gpus.py --out docs/results
 
 lint: setup
 	$(BIN)/ruff format --check .

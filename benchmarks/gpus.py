@@ -1,0 +1,192 @@
+"""Compiles for a GPU that need not be there, and reads off memory.
+
+    python benchmarks/gpus.py --out docs/results
+
+For each optimizer: the bytes of its state, of the temporaries of an update and of what
+an update without refresh copies, the decompositions in the program, and the peak of a
+whole training step of the trainer. Nothing is run, so nothing is timed; that is what
+`steps.py` does on a GPU. Needs `jax[cuda12]`; runs on a machine with nothing but CPUs.
+"""
+
+import os
+
+os.environ["JAX_PLATFORMS"] = "cpu"
+# Nothing that is chosen by running it.
+os.environ["XLA_FLAGS"] = (
+    "--xla_gpu_autotune_level=0 --xla_gpu_enable_triton_gemm=false"
+)
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")  # that there is no GPU
+
+import dataclasses
+import math
+import re
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import tyro
+from flax.training.train_state import TrainState
+from jax.experimental import topologies
+
+sys.path.insert(0, str(Path(__file__).parent))
+sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
+sys.path.insert(0, str(Path(__file__).parent.parent / "experiments"))
+import steps
+import train_lm
+from results import machine, show, write
+
+# What XLA has to know of an H200; of its numbers none but the last two matter here.
+H200 = """
+gpu_device_info {
+  cuda_compute_capability { major: 9 }
+  threads_per_warp: 32
+  threads_per_block_limit: 1024
+  threads_per_core_limit: 2048
+  registers_per_block_limit: 65536
+  registers_per_core_limit: 65536
+  block_dim_limit_x: 2147483647
+  block_dim_limit_y: 65535
+  block_dim_limit_z: 65535
+  shared_memory_per_block: 49152
+  shared_memory_per_block_optin: 232448
+  shared_memory_per_core: 233472
+  fpus_per_core: 128
+  core_count: 132
+  clock_rate_ghz: 1.98
+  memory_bandwidth: 4800000000000
+  l2_cache_size: 52428800
+  device_memory_size: 150754820096
+}
+platform_name: "CUDA"
+dnn_version_info { major: 9 minor: 8 }
+runtime_version { major: 12 minor: 9 }
+device_description_str: "NVIDIA H200"
+"""
+ROWS = (
+    "adamw",
+    "soap",
+    "cholesky_qr",
+    "blocks 512",
+    "bf16 mu",
+    "bf16 factors",
+    "bf16 mu, factors, blocks 512",
+    "one-sided",
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Check:
+    """What to compile."""
+
+    preset: str = "360m"
+    rows: tuple[str, ...] = ROWS
+    batch: int = 8
+    """Sequences of a training step, of 1024 tokens, in bfloat16."""
+    out: Path = Path("runs/gpus")
+
+
+def on_gpu(tree: Any, sharding: jax.sharding.Sharding) -> Any:
+    """The shapes of arrays, as arrays on the GPU."""
+    return jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), tree
+    )
+
+
+def compiled(function: Any, *args: Any) -> tuple[float, Any]:
+    """Seconds of compiling, and the program."""
+    lowered = function.trace(*args).lower(lowering_platforms=("cuda",))
+    since = time.perf_counter()
+    program = lowered.compile()
+    return time.perf_counter() - since, program
+
+
+def copied(text: str) -> int:
+    """Bytes of floats that an update without refresh copies.
+
+    In the program itself, the branch that is the step (after the one that only the
+    first step takes) and the one that keeps the eigenbases (before the refresh).
+    """
+    computations = dict(re.findall(r"^%?(\S+) \(.*?\{\n(.*?)^\}", text, re.M | re.S))
+    (entry,) = re.findall(r"^ENTRY .*?^\}", text, re.M | re.S)
+    branches = re.findall(r"branch_computations=\{%?([^,]+), %?([^}]+)\}", entry)
+    parts = [entry]
+    if branches:
+        (_, step), (keep, _) = branches
+        parts += [computations[step], computations[keep]]
+    shapes = re.findall(r"= [fb]+(\d+)\[([\d,]*)\]\S* copy\(", "\n".join(parts))
+    return sum(
+        int(bits) // 8 * math.prod(int(n) for n in dims.split(",") if n)
+        for bits, dims in shapes
+    )
+
+
+def row_of(name: str, check: Check, sharding: jax.sharding.Sharding) -> dict[str, Any]:
+    tx = steps.ROWS[name]()
+    params = jax.eval_shape(lambda: steps.normal(steps.PRESETS[check.preset], 0))
+    state = on_gpu(jax.eval_shape(tx.init, params), sharding)
+    params = on_gpu(params, sharding)
+    update = jax.jit(
+        lambda state, grads, params: tx.update(grads, state, params)[::-1],
+        donate_argnums=0,
+    )
+    seconds, program = compiled(update, state, params, params)
+    temporary = program.memory_analysis().temp_size_in_bytes
+    row = {
+        "optimizer": name,
+        "state_mb": steps.nbytes(state) / 1e6,
+        "temporary_mb": temporary / 1e6,
+        "temporary_share": temporary / steps.nbytes(state),
+        "copied_mb": copied(program.as_text()) / 1e6,
+        **steps.decompositions(program),
+        "compile_s": seconds,
+    }
+    config = train_lm.Config(
+        preset=check.preset,
+        batch=check.batch,
+        vocab=steps.PRESETS[check.preset].vocab,
+        bf16=True,
+    ).filled()
+    model = train_lm.make_model(config)
+    example = jnp.zeros((1, 8), jnp.int32)
+    whole = jax.eval_shape(
+        lambda: TrainState.create(
+            apply_fn=model.apply,
+            params=model.init(jax.random.key(0), example)["params"],
+            tx=tx,
+        )
+    )
+    tokens = jax.ShapeDtypeStruct((1, check.batch, config.context + 1), jnp.int32)
+    arguments = on_gpu((whole, tokens), sharding)
+    step = train_lm.jit_step(config, model, whole)
+    seconds, program = compiled(step, *arguments)
+    memory = program.memory_analysis()
+    needed = memory.argument_size_in_bytes + memory.temp_size_in_bytes
+    needed += memory.output_size_in_bytes - memory.alias_size_in_bytes
+    return {**row, "step_peak_mb": needed / 1e6, "step_compile_s": seconds}
+
+
+def main(check: Check) -> None:
+    if set(check.rows) - set(steps.ROWS):
+        sys.exit(
+            f"error: --rows must be of {', '.join(steps.ROWS)}, "
+            f"got {', '.join(check.rows)}"
+        )
+    topology = topologies.get_topology_desc(
+        "h200", platform="cuda", topology="1x1x1", target_config=H200
+    )
+    (device,) = topology.devices
+    mesh = jax.sharding.Mesh([device], "x")
+    sharding = jax.NamedSharding(mesh, jax.P())
+    about = {**machine(), "device": device.device_kind}
+    rows: list[dict[str, Any]] = []
+    for name in check.rows:
+        rows.append({"model": check.preset, **row_of(name, check, sharding), **about})
+        print("  ".join(f"{k} {show(v)}" for k, v in rows[-1].items()), flush=True)
+        write(check.out / "gpus.csv", rows)
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Check, description=__doc__))
