@@ -55,6 +55,10 @@ bench: setup
 	$(BIN)/python benchmarks/steps.py --out docs/results
 	$(BIN)/python benchmarks/steps.py --out docs/results --preset 24-layers \
 		--rows soap --parts steps --cycles 1
+	$(BIN)/python benchmarks/steps.py --out docs/results --preset 768x12 \
+		--rows adamw soap --parts steps --cycles 1
+	OPENBLAS_NUM_THREADS=1 $(BIN)/python benchmarks/steps.py --parts refreshes \
+		--out docs/results/one_lapack_thread
 
 # In an environment of its own: where libtpu is installed, JAX looks for TPUs.
 tpu-check:

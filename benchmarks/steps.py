@@ -3,6 +3,7 @@
     python benchmarks/steps.py                       # width 384, 4 layers
     python benchmarks/steps.py --preset 24-layers --rows soap
     python benchmarks/steps.py --preset 360m --parts steps refreshes training  # GPU
+    python benchmarks/steps.py --parts peers         # needs torch, pytorch-optimizer
 
 For each optimizer: medians of a step without refresh and of what a refresh adds, mean
 and 99th percentile over cycles, compilation, program and memory. Each step is timed in
@@ -14,6 +15,7 @@ import collections
 import contextlib
 import dataclasses
 import functools
+import os
 import re
 import sys
 import time
@@ -88,7 +90,13 @@ class Bench:
 
     preset: str = "default"
     rows: tuple[str, ...] = tuple(ROWS)
-    parts: tuple[str, ...] = ("steps", "refreshes", "compiling", "precisions")
+    parts: tuple[str, ...] = (
+        "steps",
+        "refreshes",
+        "compiling",
+        "precisions",
+        "training",
+    )
     cycles: int = 2
     """Of f = 10 steps each, after one to warm up."""
     out: Path = Path("runs/bench")
@@ -559,7 +567,8 @@ def main(bench: Bench) -> None:
             sys.exit(f"error: must be of {', '.join(known)}, got {', '.join(given)}")
     if bench.preset not in PRESETS:
         sys.exit(f"error: --preset must be one of {', '.join(PRESETS)}")
-    about = machine()
+    threads = os.environ.get("OPENBLAS_NUM_THREADS", "default")
+    about = {**machine(), "lapack_threads": threads}
     print(", ".join(f"{key} {value}" for key, value in about.items()))
     for part in bench.parts:
         print(f"\n{part}: {PARTS[part].__doc__.splitlines()[0]}", flush=True)
