@@ -393,16 +393,17 @@ def _unless_first(
     Not by choosing between two results: what is chosen from cannot be overwritten.
     """
 
-    @functools.partial(jax.jit, inline=True)  # traced once for both branches
     def run(eigenvalues: Any, inner_state: Any) -> tuple[Any, ...]:
         steps, new = step(
             state._replace(eigenvalues=eigenvalues, inner_state=inner_state)
         )
         return steps, new.eigenvalues, new.inner_state
 
+    traced_once = jax.jit(run, inline=True)
+
     def skip(eigenvalues: Any, inner_state: Any) -> tuple[Any, ...]:
         # In the dtypes of a step: those of an inner state may change in its first one.
-        steps, *kept = jax.eval_shape(run, eigenvalues, inner_state)
+        steps, *kept = jax.eval_shape(traced_once, eigenvalues, inner_state)
         zeros = [
             jnp.zeros_like(gradient, step.dtype)
             for gradient, step in zip(plan.arrays, steps, strict=True)
@@ -416,7 +417,7 @@ def _unless_first(
     operands = (state.eigenvalues, state.inner_state)
     if isinstance(state.count, jax.core.Tracer):
         is_later = (state.count != 0).astype(jnp.int32)
-        results = jax.lax.switch(is_later, [skip, run], *operands)
+        results = jax.lax.switch(is_later, [skip, traced_once], *operands)
     else:
         results = run(*operands) if state.count else skip(*operands)
     steps, eigenvalues, inner_state = results
