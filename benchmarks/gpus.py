@@ -2,10 +2,11 @@
 
     python benchmarks/gpus.py --out docs/results
 
-For each optimizer: the bytes of its state, of the temporaries of an update and of what
-an update without refresh copies, the decompositions in the program, and the peak of a
-whole training step of the trainer. Nothing is run, so nothing is timed; that is what
-`steps.py` does on a GPU. Needs `jax[cuda12]`; runs on a machine with nothing but CPUs.
+For each optimizer, with the parameters of a preset of the trainer: the bytes of its
+state, of the temporaries of an update and of what an update without refresh copies, the
+decompositions in the program, and the peak of a training step (gradients of the
+trainer's loss and this update, without clipping). Nothing is run, so nothing is timed;
+that is what `steps.py` does on a GPU. Needs `jax[cuda12]` and no GPU.
 """
 
 import os
@@ -18,17 +19,18 @@ os.environ["XLA_FLAGS"] = (
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")  # that there is no GPU
 
 import dataclasses
+import functools
 import math
 import re
 import sys
 import time
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import tyro
-from flax.training.train_state import TrainState
 from jax.experimental import topologies
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -38,7 +40,7 @@ import steps
 import train_lm
 from results import machine, show, write
 
-# What XLA has to know of an H200; of its numbers none but the last two matter here.
+# What XLA has to know of an H200.
 H200 = """
 gpu_device_info {
   cuda_compute_capability { major: 9 }
@@ -84,8 +86,14 @@ class Check:
     preset: str = "360m"
     rows: tuple[str, ...] = ROWS
     batch: int = 8
-    """Sequences of a training step, of 1024 tokens, in bfloat16."""
+    """Sequences of a training step, in bfloat16."""
     out: Path = Path("runs/gpus")
+
+    @property
+    def config(self) -> train_lm.Config:
+        return train_lm.Config(
+            preset=self.preset, batch=self.batch, vocab=32_128, bf16=True
+        ).filled()
 
 
 def on_gpu(tree: Any, sharding: jax.sharding.Sharding) -> Any:
@@ -106,8 +114,8 @@ def compiled(function: Any, *args: Any) -> tuple[float, Any]:
 def copied(text: str) -> int:
     """Bytes of floats that an update without refresh copies.
 
-    In the program itself, the branch that is the step (after the one that only the
-    first step takes) and the one that keeps the eigenbases (before the refresh).
+    In the program itself, in the branch that is the step and in the one that keeps the
+    eigenbases. SOAP has two conditionals: the first step or another, keep or refresh.
     """
     computations = dict(re.findall(r"^%?(\S+) \(.*?\{\n(.*?)^\}", text, re.M | re.S))
     (entry,) = re.findall(r"^ENTRY .*?^\}", text, re.M | re.S)
@@ -124,63 +132,62 @@ def copied(text: str) -> int:
 
 
 def row_of(name: str, check: Check, sharding: jax.sharding.Sharding) -> dict[str, Any]:
-    tx = steps.ROWS[name]()
-    params = jax.eval_shape(lambda: steps.normal(steps.PRESETS[check.preset], 0))
-    state = on_gpu(jax.eval_shape(tx.init, params), sharding)
-    params = on_gpu(params, sharding)
+    config, tx = check.config, steps.ROWS[name]()
+    model = train_lm.make_model(config)
+    init = functools.partial(train_lm.first_state, model, tx)
+    state = on_gpu(jax.eval_shape(init, jax.random.key(0)), sharding)
+    tokens = jax.ShapeDtypeStruct((1, config.batch, config.context + 1), jnp.int32)
+    step = train_lm.jit_step(config, model, state)
+    seconds, program = compiled(step, state, on_gpu(tokens, sharding))
+    memory = program.memory_analysis()
+    peak = memory.argument_size_in_bytes + memory.temp_size_in_bytes
+    peak += memory.output_size_in_bytes - memory.alias_size_in_bytes
+    return {
+        "optimizer": name,
+        **update_row(tx, state),
+        "batch": config.batch,
+        "context": config.context,
+        "step_peak_mb": peak / 1e6,
+        "step_compile_s": seconds,
+    }
+
+
+def update_row(tx: Any, state: Any) -> dict[str, Any]:
+    """Of the update alone."""
     update = jax.jit(
         lambda state, grads, params: tx.update(grads, state, params)[::-1],
         donate_argnums=0,
     )
-    seconds, program = compiled(update, state, params, params)
+    seconds, program = compiled(update, state.opt_state, state.params, state.params)
     temporary = program.memory_analysis().temp_size_in_bytes
-    row = {
-        "optimizer": name,
-        "state_mb": steps.nbytes(state) / 1e6,
+    return {
+        "state_mb": steps.nbytes(state.opt_state) / 1e6,
         "temporary_mb": temporary / 1e6,
-        "temporary_share": temporary / steps.nbytes(state),
+        "temporary_share": temporary / steps.nbytes(state.opt_state),
         "copied_mb": copied(program.as_text()) / 1e6,
         **steps.decompositions(program),
         "compile_s": seconds,
     }
-    config = train_lm.Config(
-        preset=check.preset,
-        batch=check.batch,
-        vocab=steps.PRESETS[check.preset].vocab,
-        bf16=True,
-    ).filled()
-    model = train_lm.make_model(config)
-    example = jnp.zeros((1, 8), jnp.int32)
-    whole = jax.eval_shape(
-        lambda: TrainState.create(
-            apply_fn=model.apply,
-            params=model.init(jax.random.key(0), example)["params"],
-            tx=tx,
-        )
-    )
-    tokens = jax.ShapeDtypeStruct((1, check.batch, config.context + 1), jnp.int32)
-    arguments = on_gpu((whole, tokens), sharding)
-    step = train_lm.jit_step(config, model, whole)
-    seconds, program = compiled(step, *arguments)
-    memory = program.memory_analysis()
-    needed = memory.argument_size_in_bytes + memory.temp_size_in_bytes
-    needed += memory.output_size_in_bytes - memory.alias_size_in_bytes
-    return {**row, "step_peak_mb": needed / 1e6, "step_compile_s": seconds}
 
 
 def main(check: Check) -> None:
-    if set(check.rows) - set(steps.ROWS):
-        sys.exit(
-            f"error: --rows must be of {', '.join(steps.ROWS)}, "
-            f"got {', '.join(check.rows)}"
-        )
+    for given, known in (
+        (check.rows, steps.ROWS),
+        ([check.preset], train_lm.PRESETS),
+    ):
+        if set(given) - set(known):
+            sys.exit(f"error: must be of {', '.join(known)}, got {', '.join(given)}")
     topology = topologies.get_topology_desc(
         "h200", platform="cuda", topology="1x1x1", target_config=H200
     )
     (device,) = topology.devices
     mesh = jax.sharding.Mesh([device], "x")
     sharding = jax.NamedSharding(mesh, jax.P())
-    about = {**machine(), "device": device.device_kind}
+    about = {
+        **machine(),
+        "target": device.device_kind,
+        "cuda_plugin": metadata.version("jax-cuda12-plugin"),
+    }
     rows: list[dict[str, Any]] = []
     for name in check.rows:
         rows.append({"model": check.preset, **row_of(name, check, sharding), **about})

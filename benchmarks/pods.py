@@ -19,6 +19,7 @@ os.environ["TPU_SKIP_MDS_QUERY"] = "1"
 
 import collections
 import dataclasses
+import functools
 import math
 import re
 import sys
@@ -104,16 +105,8 @@ def make_mesh(pod: Pod) -> Mesh:
 
 def abstract_state(config: train_lm.Config, mesh: Mesh, tx: Any) -> TrainState:
     """The shapes and shardings of a training state."""
-    model = train_lm.make_model(config)
-    state = jax.eval_shape(
-        lambda: TrainState.create(
-            apply_fn=model.apply,
-            params=model.init(jax.random.key(0), jnp.zeros((1, 8), jnp.int32))[
-                "params"
-            ],
-            tx=tx,
-        )
-    )
+    init = functools.partial(train_lm.first_state, train_lm.make_model(config), tx)
+    state = jax.eval_shape(init, jax.random.key(0))
     shardings = train_lm.state_shardings(mesh, state)
     return jax.tree.map(lambda x, s: x.update(sharding=s), state, shardings)
 
@@ -128,16 +121,23 @@ def bytes_of(shapes: Any, *, on_a_chip: bool) -> int:
 
 
 def collectives(text: str) -> dict[str, Any]:
-    """Of a compiled program: how many of each kind, and the bytes of their results."""
+    """In the text of a program: how many of each kind, and the bytes of their results.
+
+    Those in the body of a loop, like that over layers, count once.
+    """
     kinds = "all-reduce|all-gather|all-to-all|reduce-scatter|collective-permute"
     counts: collections.Counter[str] = collections.Counter()
     size = 0
-    for result, kind in re.findall(rf"= (.*?) ({kinds})(?:-start)?\(", text):
+    for result, kind, start in re.findall(rf"= (.*?) ({kinds})(-start)?\(", text):
         counts[kind] += 1
-        size += sum(
+        arrays = [
             math.prod(int(n) for n in shape.split(",") if n) * width(dtype)
             for dtype, shape in re.findall(r"([a-z]+\d+)\[([\d,]*)\]", result)
-        )
+            if (dtype, shape) != ("u32", "")  # what -start is given to go on with
+        ]
+        if start and kind in ("all-gather", "collective-permute"):
+            arrays = arrays[len(arrays) // 2 :]  # after the operands
+        size += sum(arrays)
     named = "; ".join(f"{count} {kind}" for kind, count in sorted(counts.items()))
     return {"collectives": named or 0, "collectives_mb": size / 1e6}
 
@@ -198,7 +198,7 @@ def row_of(pod: Pod, name: str, *, whole_step: bool) -> dict[str, Any]:
     memory = program.memory_analysis()
     return {
         **row,
-        **{f"step_{name}": value for name, value in collectives(text).items()},
+        **{f"step_{key}": value for key, value in collectives(text).items()},
         "step_temporary_mb_a_chip": memory.temp_size_in_bytes / 1e6,
         "step_program_mb": memory.generated_code_size_in_bytes / 1e6,
         "step_compile_s": seconds,

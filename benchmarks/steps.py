@@ -2,13 +2,13 @@
 
     python benchmarks/steps.py                       # width 384, 4 layers
     python benchmarks/steps.py --preset 24-layers --rows soap
-    python benchmarks/steps.py --preset 360m --parts steps refreshes training  # GPU
+    python benchmarks/steps.py --preset 360m         # GPU
     python benchmarks/steps.py --parts peers         # needs torch, pytorch-optimizer
 
 For each optimizer: medians of a step without refresh and of what a refresh adds, mean
 and 99th percentile over cycles, compilation, program and memory. Each step is timed in
 turn with the six bare products, so that a ratio holds where the machine's speed drifts.
-Writes a table, CSV files and plots. Needs nothing but the package and its examples.
+Writes a table, CSV files and plots.
 """
 
 import collections
@@ -84,19 +84,16 @@ ROWS: dict[str, Callable[[], optax.GradientTransformation]] = {
 }
 
 
+DEFAULT_PARTS = ("steps", "refreshes", "compiling", "precisions", "training")
+
+
 @dataclasses.dataclass(frozen=True)
 class Bench:
     """What to measure."""
 
     preset: str = "default"
     rows: tuple[str, ...] = tuple(ROWS)
-    parts: tuple[str, ...] = (
-        "steps",
-        "refreshes",
-        "compiling",
-        "precisions",
-        "training",
-    )
+    parts: tuple[str, ...] = DEFAULT_PARTS
     cycles: int = 2
     """Of f = 10 steps each, after one to warm up."""
     out: Path = Path("runs/bench")
@@ -234,6 +231,8 @@ def peers(bench: Bench) -> Iterator[dict[str, Any]]:
     import pytorch_optimizer
     import torch
 
+    if jax.default_backend() != "cpu":
+        sys.exit("error: peers are compared on CPU")
     shape = PRESETS[bench.preset]
     bare = bare_step(shape)
     jax.block_until_ready(bare())

@@ -95,6 +95,7 @@ class Config:
 
     preset: Literal["tiny", "210m", "360m", "660m", "llama-8b"] = "tiny"
     optimizer: Literal["soap", "shampoo", "adamw", "muon", "lion"] = "soap"
+    """Muon needs an optax newer than 0.2.6."""
     data: str = "stdlib"
     """A file, a folder, a `.bin` of uint16 tokens, or `stdlib`: the source files of
     Python's standard library. All but `.bin` are read as bytes."""
@@ -604,15 +605,17 @@ def train_step(
     return state.apply_gradients(grads=grads), loss
 
 
+def first_state(
+    model: Transformer, tx: optax.GradientTransformation, key: jax.Array
+) -> TrainState:
+    tokens = jnp.zeros((1, 8), jnp.int32)
+    params = model.clone(mesh=None).init(key, tokens)["params"]
+    return TrainState.create(apply_fn=model.apply, params=params, tx=tx)
+
+
 def make_state(config: Config, model: Transformer) -> TrainState:
     """The first state, made where it belongs: no device of a mesh has all of it."""
-    tokens = jnp.zeros((1, 8), jnp.int32)
-    tx = make_optimizer(config, model.mesh)
-    init = lambda key: TrainState.create(  # noqa: E731
-        apply_fn=model.apply,
-        params=model.clone(mesh=None).init(key, tokens)["params"],
-        tx=tx,
-    )
+    init = functools.partial(first_state, model, make_optimizer(config, model.mesh))
     key = jax.random.key(config.seed)
     shardings = None
     if model.mesh is not None:

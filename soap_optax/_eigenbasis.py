@@ -399,6 +399,7 @@ def _unless_first(
         )
         return steps, new.eigenvalues, new.inner_state
 
+    # For its cache of traces: `skip` asks for the shapes of what `switch` traces again.
     traced_once = jax.jit(run, inline=True)
 
     def skip(eigenvalues: Any, inner_state: Any) -> tuple[Any, ...]:

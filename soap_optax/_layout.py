@@ -53,6 +53,7 @@ class CutBlocks(NamedTuple):
       size: of all of it.
       block: the side of its blocks.
       shard: how much of it a device has.
+      inner: how many devices share each index of the first of merged axes.
       fitting: the largest side of blocks that would lie on one device each, or 0.
     """
 
@@ -60,6 +61,7 @@ class CutBlocks(NamedTuple):
     size: int
     block: int
     shard: int
+    inner: int
     fitting: int
 
 
@@ -145,13 +147,14 @@ class Layout:
         found = []
         for axes, block in self.blocked():
             first, *others = (_shards(spec[axis], sizes) for axis in axes)
-            within = math.prod(others)
+            inner = math.prod(others)
             size = math.prod(self.shape[axis] for axis in axes)
-            if within > 1 or size // first % block:
-                shard = size // first
-                fits = [b for b in range(2, block) if within == 1 and shard % b == 0]
+            shard = size // first
+            if inner > 1 or shard % block:
+                fits = [b for b in range(2, block) if inner == 1 and shard % b == 0]
+                fitting = max(fits, default=0)
                 found.append(
-                    CutBlocks(axes, size, block, shard // within, max(fits, default=0))
+                    CutBlocks(axes, size, block, shard // inner, inner, fitting)
                 )
         return found
 

@@ -514,7 +514,7 @@ def warn_of_cut_blocks(leaf: _tree.Leaf) -> None:
     if leaf.sharding is None:
         return
     for cut in leaf.layout.cut_blocks(_spec(leaf), _mesh([leaf]).shape):
-        if len(cut.axes) > 1 and not cut.fitting:
+        if cut.inner > 1:
             advice = "only the first of merged axes can be sharded along its blocks"
         elif cut.fitting:
             advice = f"block_size={cut.fitting} would fit"

@@ -45,7 +45,7 @@ CUT = {
     "vector": ((16,), P("y")),
     "scalar": ((), P()),
 }
-by_types = pytest.mark.skipif(
+needs_jax_0_8 = pytest.mark.skipif(
     jax.__version_info__ < (0, 8),
     reason="JAX 0.7 does not compile for the mesh of jax.set_mesh without arrays on it",
 )
@@ -447,7 +447,7 @@ def test_no_array_is_made():
         state_sharding(optax.adamw(1e-3), {}, {})
 
 
-@by_types
+@needs_jax_0_8
 def test_adam_alone_and_meshes_of_jax_set_mesh():
     mesh = make_mesh((2, 2, 2))
     params = abstract(PARAMETERS)
@@ -485,7 +485,7 @@ def test_flax_boxes_and_logical_axes():
         jax.jit(tx.update)(real, state, real)
 
 
-@by_types
+@needs_jax_0_8
 def test_nnx_optimizer():
     mesh = make_mesh((1, 2, 4))
     init = nnx.with_partitioning(nnx.initializers.lecun_normal(), ("x", "y"))
@@ -561,6 +561,12 @@ def test_two_meshes():
             P(None, "x"),
             {"dimension_numbers": DimensionNumbers(((0, 1), 2))},
             "only the first of merged axes",
+        ),
+        (
+            (8, 37, 64),
+            P("x"),
+            {"dimension_numbers": DimensionNumbers(((0, 1), 2))},
+            r"blocks of 8 and shards of 37; no block_size fits",
         ),
     ],
 )

@@ -37,14 +37,15 @@ def losses(config):
     return [(row.step, row.train_loss, row.validation_loss) for row in rows(config)]
 
 
-old_muon = pytest.mark.skipif(
+needs_consistent_rms = pytest.mark.skipif(
     "consistent_rms" not in inspect.signature(optax.contrib.muon).parameters,
     reason="optax.contrib.muon without consistent_rms",
 )
 
 
 @pytest.mark.parametrize(
-    "optimizer", ["soap", "adamw", pytest.param("muon", marks=old_muon), "lion"]
+    "optimizer",
+    ["soap", "adamw", pytest.param("muon", marks=needs_consistent_rms), "lion"],
 )
 def test_every_optimizer_trains(optimizer):
     config = dataclasses.replace(
