@@ -14,7 +14,7 @@ help:
 	@echo "make sweep          the sweep that tuned both optimizers of make train"
 	@echo "make reliability    the figures of docs/reliability.md"
 	@echo "make experiments    the paper's comparison at a small scale, of docs/results.md"
-	@echo "make bench          times and memory of steps, refreshes and compilation"
+	@echo "make bench          times and memory of steps, refreshes, compiling, training"
 	@echo "make tpu-check      training steps compiled for TPU pods, without a TPU"
 	@echo "make gpu-check      memory of training steps compiled for a GPU, without a GPU"
 	@echo "make test-oldest    the tests on the oldest supported JAX and optax"
