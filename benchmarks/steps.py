@@ -397,8 +397,8 @@ def compiling(bench: Bench) -> Iterator[dict[str, Any]]:
         shape = dataclasses.replace(PRESETS[bench.preset], layers=layers)
         for name, options in {"eigh start": {}, "identity start": IDENTITY}.items():
             for in_batches in (True, False):
-                # No key: refreshed alone, as on a mesh of devices.
-                alone = mock.patch.object(_refresh, "_key", lambda factor: None)
+                # None in a stack, as on a mesh where shardings are not known.
+                alone = mock.patch.object(_refresh.Refresh, "_stacks", [])
                 with contextlib.nullcontext() if in_batches else alone:
                     spent, program = compiled(soap(**options), shape)
                 memory = program.memory_analysis()

@@ -92,10 +92,7 @@ def _diagnose(*of_factor: Any, refreshes: jax.Array, precision: Any) -> Diagnost
     condition, off_diagonal = _kronecker.quality(factor, eigenbasis, precision)
     method = _refresh.Method("qr", precision=precision)
     refreshed = _refresh.refresh_one(factor, eigenbasis, method)
-    turned = _kronecker.adopt(
-        *(refreshed.rows, eigenbasis, refreshed.is_new), overwrite=False
-    )
-    angles = _kronecker.angles(eigenbasis, turned)
+    angles = _kronecker.angles(eigenbasis, refreshed.eigenbases)
     figures = Diagnostics(
         condition=condition,
         off_diagonal=off_diagonal,

@@ -490,7 +490,7 @@ def _refresh_if_due(
 
     def refresh(bases: _refresh.Bases, steps: Any) -> tuple[_refresh.Bases, Any]:
         bases = all_bases.run(bases, begin, end)
-        return bases, jax.lax.optimization_barrier(steps)
+        return bases, [jax.lax.optimization_barrier(step) for step in steps]
 
     bases = _refresh.Bases(
         *(state.eigenbases, state.eigenvalues, state.skipped),

@@ -30,8 +30,6 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.experimental.layout import Layout as ArrayLayout
-from jax.experimental.layout import with_layout_constraint
 
 from soap_optax._layout import Layout, explicit_sharding
 
@@ -133,7 +131,7 @@ def _whitening(
     count = sum(values is not None for values in eigenvalues)
     if count < 2:
         return [None] * len(eigenvalues)
-    array = _at_least_float32(array)
+    array = at_least_float32(array)
     rows = mean_squares(array, layout)[0]
     start = jnp.mean(rows, axis=-1, keepdims=True) ** (1 / count)
 
@@ -200,30 +198,30 @@ def change_basis(
 ) -> tuple[list[jax.Array], list[jax.Array | None]]:
     """Coordinates in the eigenbases `new` of what has coordinates `arrays` in `old`.
 
-    The new ones are given as rows; where they are not `is_new`, `[grid…]`, coordinates
-    stay, to the bit.
+    Where the new ones are not `is_new`, `[grid…]`, coordinates stay, to the bit.
 
     Returns:
-      The coordinates, and `is_new` without the blocks that would not stay finite, which
-      stay as they are.
+      The coordinates, and `is_new` without the blocks that would not stay finite: they
+      stay as they are, along all axes.
     """
-    arrays, taken = list(arrays), list(is_new)
-    for i, (q, rows, take) in enumerate(zip(old, new, is_new, strict=True)):
-        if q is not None and rows is not None and take is not None:
-            turned = []
-            for array in arrays:
-                parameter = project_back(array, _alone(q, i, layout), layout, precision)
-                turned.append(
-                    project_back(parameter, _alone(rows, i, layout), layout, precision)
-                )
-                was_finite = _is_finite(array, layout)
-                take &= _is_finite(turned[-1], layout) | ~was_finite
-            arrays = [
-                _where_blocks(take, *pair, layout)
-                for pair in zip(turned, arrays, strict=True)
-            ]
-            taken[i] = take
-    return arrays, taken
+    turned, is_finite = list(arrays), None
+    for i, (q, other, take) in enumerate(zip(old, new, is_new, strict=True)):
+        if q is None or other is None or take is None:
+            continue
+        for k, array in enumerate(turned):
+            parameter = project_back(array, _alone(q, i, layout), layout, precision)
+            moved = project(parameter, _alone(other, i, layout), layout, precision)
+            turned[k] = _where_blocks(take, moved, array, layout)
+    for before, after in zip(arrays, turned, strict=True):
+        is_fine = _is_finite(after, layout) | ~_is_finite(before, layout)
+        is_finite = is_fine if is_finite is None else is_finite & is_fine
+    if is_finite is None:
+        return turned, list(is_new)
+    turned = [
+        _where_blocks(is_finite, after, before, layout)
+        for before, after in zip(arrays, turned, strict=True)
+    ]
+    return turned, [None if take is None else take & is_finite for take in is_new]
 
 
 def follow(
@@ -254,7 +252,7 @@ def damp(
     (in float32) smaller than the largest.
     """
     if rcond is None:
-        rcond = 0.01 * float(jnp.finfo(_at_least_float32(array).dtype).eps)
+        rcond = 0.01 * float(jnp.finfo(at_least_float32(array).dtype).eps)
     if isinstance(rcond, (int, float)) and rcond == 0:
         return array
     if all(eigenvalue is None for eigenvalue in eigenvalues):
@@ -333,7 +331,7 @@ def clip_rms(
     array: jax.Array, layout: Layout, limit: jax.typing.ArrayLike
 ) -> jax.Array:
     """Scales the blocks whose root mean square exceeds `limit` down to it."""
-    blocks = layout.to_blocks(_at_least_float32(array))
+    blocks = layout.to_blocks(at_least_float32(array))
     within = [d for d in range(blocks.ndim) if d not in layout.grid]
     limit = jnp.asarray(limit, blocks.dtype)
     # Squares of this multiple of the limit are far from underflow, and farther still
@@ -386,7 +384,7 @@ def power_step(
       precision: of the product M Q.
       is_first: whether Q is the identity, and `rows` shall be M, to be decomposed.
     """
-    matrix, basis = _at_least_float32(factor), _at_least_float32(eigenbasis)
+    matrix, basis = at_least_float32(factor), at_least_float32(eigenbasis)
     products = jnp.einsum("...ki,...kl->...il", basis, matrix, precision=precision)
     basis = _transposed(basis)
     quotients = jnp.sum(basis * products, axis=-1)
@@ -407,10 +405,11 @@ def power_step(
 def orthonormalize(
     rows: jax.Array,
     quotients: jax.Array,
+    wanted: jax.Array,
     *,
     by_cholesky: bool,
     decomposed: jax.Array | bool = False,
-) -> tuple[jax.Array, jax.Array]:
+) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Makes the rows `[..., b, b]` orthonormal, in the order of descending quotients.
 
     They come back where they stood: a coordinate keeps its identity, and statistics
@@ -419,13 +418,16 @@ def orthonormalize(
     Args:
       rows: those of a `PowerStep`.
       quotients: its quotients.
-      by_cholesky: whether by Cholesky's method in place of Householder's.
+      wanted: which of the matrices are, `[...]`; of the others comes anything.
+      by_cholesky: whether by Cholesky's method where it succeeds, in place of
+        Householder's.
       decomposed: whether the rows are the factor M, and its eigenvectors, in the order
         of their eigenvalues, are wanted.
 
     Returns:
-      The orthonormal rows, and the size of the part of each that is orthogonal to those
-      before it, `[..., b]`, 0 where that is round-off.
+      The orthonormal rows, the size of the part of each that is orthogonal to those
+      before it, `[..., b]`, 0 where that is round-off, and which matrices are
+      orthonormal, up to round-off, `[...]`.
     """
     order = jnp.argsort(quotients, axis=-1, descending=True)
     operands = (rows, quotients, order)
@@ -435,10 +437,13 @@ def orthonormalize(
         ordered, is_null = _eigenvectors(*operands)
     else:
         ordered, is_null = jax.lax.cond(decomposed, _eigenvectors, _sorted, *operands)
-    ordered, sizes = (_cholesky if by_cholesky else _householder)(ordered)
+    if by_cholesky:
+        ordered, sizes = _cholesky_or_householder(ordered, wanted)
+    else:
+        ordered, sizes = _householder(ordered)
     place = jnp.argsort(order, axis=-1)
     sizes = jnp.take_along_axis(jnp.where(is_null, 0, sizes), place, axis=-1)
-    return _take_rows(ordered, place), sizes
+    return _take_rows(ordered, place), sizes, is_orthonormal(ordered)
 
 
 def _sorted(
@@ -471,6 +476,23 @@ def _householder(rows: jax.Array) -> tuple[jax.Array, jax.Array]:
     sizes = jnp.diagonal(triangle, axis1=-2, axis2=-1)
     signs = jnp.where(sizes < 0, -1, 1).astype(sizes.dtype)
     return _transposed(columns) * signs[..., None], jnp.abs(sizes)
+
+
+def _cholesky_or_householder(
+    rows: jax.Array, wanted: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """`_cholesky` of each matrix `[n, ...]` and, where it fails, `_householder`."""
+    found = _cholesky(rows)
+    failed = wanted & ~is_orthonormal(found[0])
+
+    def one(of_matrix: Any) -> tuple[jax.Array, jax.Array]:
+        failed, rows, *found = of_matrix
+        return jax.lax.cond(jnp.any(failed), _householder, lambda _: tuple(found), rows)
+
+    def fall_back(found: Any) -> Any:
+        return jax.lax.map(one, (failed, rows, *found))
+
+    return jax.lax.cond(jnp.any(failed), fall_back, lambda found: found, found)
 
 
 def _cholesky(rows: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -510,21 +532,6 @@ def _cholesky(rows: jax.Array) -> tuple[jax.Array, jax.Array]:
     return rows, sizes
 
 
-def adopt(
-    rows: jax.Array, eigenbasis: jax.Array, is_new: jax.Array, *, overwrite: bool
-) -> jax.Array:
-    """The eigenbasis with the columns `rows`, or, where not `is_new`, as it was.
-
-    To `overwrite` the old one, XLA has to be told that the layout in memory stays.
-    """
-    columns = _transposed(rows)
-    if overwrite:
-        row_major = ArrayLayout(tuple(range(rows.ndim)))
-        columns = with_layout_constraint(columns, row_major)
-    columns = columns.astype(eigenbasis.dtype)
-    return jnp.where(is_new[..., None, None], columns, eigenbasis)
-
-
 def is_orthonormal(matrix: jax.Array) -> jax.Array:
     """Whether the columns of each `[..., b, b]` are, up to round-off, `[...]`.
 
@@ -556,7 +563,7 @@ def quality(
 
 def angles(eigenbasis: jax.Array, other: jax.Array) -> jax.Array:
     """Between the lines along the columns of two eigenbases, radians, `[..., b]`."""
-    basis, other = _at_least_float32(eigenbasis), _at_least_float32(other)
+    basis, other = at_least_float32(eigenbasis), at_least_float32(other)
     is_opposite = jnp.sum(basis * other, axis=-2, keepdims=True) < 0
     chords = basis - jnp.where(is_opposite, -other, other)
     lengths = jnp.sqrt(jnp.sum(jnp.square(chords), axis=-2))
@@ -617,7 +624,7 @@ def _widest(*dtypes: Any) -> Any:
     return max((jnp.dtype(d) for d in dtypes), key=lambda d: jnp.finfo(d).bits)
 
 
-def _at_least_float32(array: jax.Array) -> jax.Array:
+def at_least_float32(array: jax.Array) -> jax.Array:
     return array.astype(_widest(jnp.float32, array.dtype))
 
 

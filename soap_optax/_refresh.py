@@ -3,8 +3,8 @@
 A refresh goes through the parameters in slots of about equal cost, one slot after the
 other, or, staggered, one slot a step. In a slot
 
-    start          takes the power step of each factor: one stack for each size
-    orthonormalize the stacks, in place, in chunks, where it is needed
+    gather         copies factors and eigenbases: one stack for each size
+    refresh        the eigenbases in the stacks, in place, in chunks
     adopt          puts each new eigenbasis in place and changes the first moments to it
 
 The first and the last are branches over the slots, the second is the same for all: a
@@ -13,10 +13,11 @@ a mesh of devices whose sharding is not known is refreshed alone, because stacki
 move it (see `_sharding`).
 """
 
-import collections
 import dataclasses
 import functools
 import heapq
+import itertools
+import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -34,7 +35,7 @@ _SLOT_BYTES = 2**20
 _CHUNK_BYTES = 2**25
 _CHUNK_SHARE = 1 / 8
 
-_Key = Any  # what stacks are sorted by: size and dtype
+_Unit = tuple[int, int]  # a parameter and one of its axes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,37 +87,18 @@ def put(part: Bases, members: Sequence[int], bases: Bases) -> None:
 
 
 class Refreshed(NamedTuple):
-    """A refreshed eigenbasis.
+    """What a refresh makes of an eigenbasis, or of a stack of them.
 
     Attributes:
-      rows: its eigenvectors, in the order of the old one's, `[grid…, b, b]`.
-      eigenvalues: estimates that belong to them, `[grid…, b]`.
-      is_new: whether they are new, `[grid…]`; if not, they are anything.
+      eigenbases: the new ones, with columns in the order of those of the old ones, or
+        those, as they were, `[…, b, b]`.
+      eigenvalues: estimates that belong to the new ones, `[…, b]`.
+      is_new: which they are, `[…]`.
     """
 
-    rows: jax.Array
+    eigenbases: jax.Array
     eigenvalues: jax.Array
     is_new: jax.Array
-
-
-class _Stack(NamedTuple):
-    """Of factors of one size, `[n, …]`: their `PowerStep`, and what becomes of it.
-
-    Attributes:
-      rows: of the power step, then of the new eigenbasis.
-      quotients: see `PowerStep`.
-      largest: see `PowerStep`.
-      sizes: see `orthonormalize`.
-      to_do: whether a refresh is needed, and not done yet.
-      is_done: whether `rows` and `sizes` are those of a new eigenbasis.
-    """
-
-    rows: jax.Array
-    quotients: jax.Array
-    largest: jax.Array
-    sizes: jax.Array
-    to_do: jax.Array
-    is_done: jax.Array
 
 
 def make_slots(factors: list[list[Any]], count: int | None = None) -> list[list[int]]:
@@ -135,7 +117,7 @@ def make_slots(factors: list[list[Any]], count: int | None = None) -> list[list[
             factor.size * factor.dtype.itemsize
             for of_leaf in factors
             for factor in of_leaf
-            if factor is not None and _key(factor) is not None
+            if factor is not None and not _may_be_spread(factor)
         ]
         count = max(1, min(_SLOTS, sum(stacked) // _SLOT_BYTES))
     costs = {
@@ -177,17 +159,16 @@ class Refresh:
         return jax.lax.fori_loop(begin, end, self._run_slot, bases)
 
     def _run_slot(self, slot: Any, bases: Bases) -> Bases:
-        starts = [
-            functools.partial(self._start_slot, members) for members in self.slots
+        numbers = range(len(self.slots))
+        gather = [functools.partial(self._gather_slot, k) for k in numbers]
+        stacks = [
+            _refreshed(self.method, *stack)
+            for stack in _switch(slot, gather, bases.eigenbases)
         ]
-        stacks = {
-            key: _orthonormalized(stack, self.method)
-            for key, stack in _switch(slot, starts, bases.eigenbases).items()
-        }
         bases = Bases(*map(list, bases))
         # One branch for each slot, with nothing of the others, which would be copied.
         for k, members in enumerate(self.slots):
-            branches = [_keep, functools.partial(self._adopt_slot, members)]
+            branches = [_keep, functools.partial(self._adopt_slot, k)]
             if len(self.slots) == 1:
                 branches = branches[1:]
             is_mine = jnp.equal(slot, k).astype(jnp.int32)
@@ -195,57 +176,67 @@ class Refresh:
             put(mine, members, bases)
         return bases
 
-    def _start_slot(
-        self, members: list[int], eigenbases: list[Any]
-    ) -> dict[_Key, _Stack]:
-        """The power steps of a slot, in stacks that have room for those of any."""
-        parts: dict[_Key, list[_Stack]] = collections.defaultdict(list)
-        for i in members:
-            for factor, basis in zip(self.factors[i], eigenbases[i], strict=True):
-                if factor is not None and (key := _key(factor)) is not None:
-                    part = _power_steps(_flat(factor), _flat(basis), self.method)
-                    parts[key].append(part)
-        room: collections.Counter[_Key] = collections.Counter()
-        for slot in self.slots:
-            room |= self._count(slot)
-        return {key: _stacked(parts[key], key, count) for key, count in room.items()}
+    @functools.cached_property
+    def _stacks(self) -> list[list[list[_Unit]]]:
+        """What is in the stack of each kind of factor, for each slot."""
+        kinds: dict[Any, list[list[_Unit]]] = {}
+        for k, members in enumerate(self.slots):
+            for i in members:
+                for axis, factor in enumerate(self.factors[i]):
+                    if factor is not None and not _may_be_spread(factor):
+                        of_slots = kinds.setdefault(
+                            _kind(factor), [[] for _ in self.slots]
+                        )
+                        of_slots[k].append((i, axis))
+        return list(kinds.values())
 
-    def _count(self, members: list[int]) -> collections.Counter[_Key]:
-        """How many factors of each size a slot has."""
-        counts: collections.Counter[_Key] = collections.Counter()
-        for i in members:
-            for factor in self.factors[i]:
-                if factor is not None and (key := _key(factor)) is not None:
-                    counts[key] += len(_flat(factor))
-        return counts
+    def _gather_slot(
+        self, slot: int, eigenbases: list[Any]
+    ) -> list[tuple[jax.Array, jax.Array]]:
+        """Stacks of factors and eigenbases; zeros fill them up to those of any slot."""
 
-    def _adopt_slot(
-        self, members: list[int], mine: Bases, stacks: dict[_Key, _Stack]
-    ) -> Bases:
+        def stack(of_slots: list[list[_Unit]], of_kind: list[Any]) -> jax.Array:
+            counts = [
+                sum(_count(self.factors[i][axis]) for i, axis in units)
+                for units in of_slots
+            ]
+            ((i, axis), *_) = itertools.chain(*of_slots)
+            like = self.factors[i][axis]
+            missing = (max(counts) - counts[slot], *like.shape[-2:])
+            mine = [_flat(of_kind[i][axis]) for i, axis in of_slots[slot]]
+            return jnp.concatenate([*mine, jnp.zeros_like(like, shape=missing)])
+
+        return [
+            (stack(of_slots, self.factors), stack(of_slots, eigenbases))
+            for of_slots in self._stacks
+        ]
+
+    def _adopt_slot(self, slot: int, mine: Bases, stacks: list[Refreshed]) -> Bases:
         """The bases of a slot's parameters with the new ones from its stacks."""
-        ends: collections.Counter[_Key] = collections.Counter()
+        refreshed = {}
+        for stack, of_slots in zip(stacks, self._stacks, strict=True):
+            begin = 0
+            for i, axis in of_slots[slot]:
+                shape = self.factors[i][axis].shape
+                end = begin + _count(self.factors[i][axis])
+                refreshed[i, axis] = _in_grid([x[begin:end] for x in stack], shape)
+                begin = end
 
-        def one(factor: Any, basis: Any) -> Refreshed | None:
-            if factor is None:
-                return None
-            key = _key(factor)
-            if key is None:
-                return refresh_one(factor, basis, self.method)
-            begin = ends[key]
-            end = ends[key] = begin + len(_flat(factor))
-            part = jax.tree.map(lambda x: x[begin:end], stacks[key])
-            return _from_stack(part, factor.shape)
+        def one(unit: _Unit, factor: Any, basis: Any) -> Refreshed | None:
+            if factor is None or unit in refreshed:
+                return refreshed.get(unit)
+            return refresh_one(factor, basis, self.method)
 
         adopted = []
-        for i, *of_leaf in zip(members, *mine, strict=True):
+        for i, *of_leaf in zip(self.slots[slot], *mine, strict=True):
             old = Bases(*of_leaf)
             pairs = zip(self.factors[i], old.eigenbases, strict=True)
-            new = [one(*pair) for pair in pairs]
+            new = [one((i, axis), *pair) for axis, pair in enumerate(pairs)]
             adopted.append(adopt(new, self.layouts[i], old, self.method.precision))
         return Bases(*map(list, zip(*adopted, strict=True)))
 
 
-def _keep(bases: Bases, _: dict[_Key, _Stack]) -> Bases:
+def _keep(bases: Bases, _: list[Refreshed]) -> Bases:
     return bases
 
 
@@ -256,13 +247,13 @@ def refresh_one(factor: jax.Array, eigenbasis: jax.Array, method: Method) -> Ref
         mine = dataclasses.replace(method, initial=initial)
 
         def in_stack(to_stack: Any, factor: Any, eigenbasis: Any) -> Refreshed:
-            stack = _power_steps(to_stack(factor), to_stack(eigenbasis), mine)
-            return _from_stack(_orthonormalized(stack, mine), factor.shape)
+            new = _refreshed(mine, to_stack(factor), to_stack(eigenbasis))
+            return _in_grid(new, factor.shape)
 
         block_by_block = functools.partial(in_stack, _flat)
         if not _may_be_spread(factor):
             return block_by_block(factor, eigenbasis)
-        # Not a batch on CPU even if that has to gather it, see `_in_chunks`.
+        # Not a batch on CPU even if that has to gather it, see `_refreshed`.
         as_one = functools.partial(in_stack, lambda array: array[None])
         return jax.lax.platform_dependent(
             factor, eigenbasis, cpu=block_by_block, default=as_one
@@ -286,11 +277,9 @@ def _switch(index: Any, branches: Sequence[Any], *operands: Any) -> Any:
     return jax.lax.switch(index, branches, *operands)
 
 
-def _key(factor: jax.Array) -> _Key:
-    """Size and dtype of computation; None where it may be spread over devices."""
-    if _may_be_spread(factor):
-        return None
-    return factor.shape[-1], jnp.promote_types(factor.dtype, jnp.float32)
+def _kind(factor: jax.Array) -> Any:
+    """The type of one matrix of it; those of one kind can be stacked."""
+    return jax.typeof(jnp.zeros_like(factor, shape=factor.shape[-2:]))
 
 
 def _may_be_spread(array: jax.Array) -> bool:
@@ -300,53 +289,19 @@ def _may_be_spread(array: jax.Array) -> bool:
     return any(kind != jax.sharding.AxisType.Manual and size > 1 for kind, size in axes)
 
 
+def _count(factor: jax.Array) -> int:
+    return math.prod(factor.shape[:-2])
+
+
 def _flat(array: jax.Array) -> jax.Array:
     """`[grid…, b, b]` as `[n, b, b]`."""
     return array.reshape(-1, *array.shape[-2:])
 
 
-def _power_steps(factor: jax.Array, eigenbasis: jax.Array, method: Method) -> _Stack:
-    """The power steps, or the factors themselves where those are decomposed.
-
-    An eigenbasis of zeros stands for none, with nothing to do.
-    """
-    step = _kronecker.power_step(
-        factor, eigenbasis, method.precision, is_first=method.initial
-    )
-    rows = step.rows
-    if method.name == "eigh":
-        rows = factor.astype(rows.dtype) / step.largest[..., None]
-    to_do = jnp.any(eigenbasis[..., 0, :] != 0, axis=-1)
-    if method.tolerance is not None:  # to do for NaN, which then fails
-        to_do &= ~(step.off_diagonal <= method.tolerance)
-    zeros = jnp.zeros_like(step.quotients)
-    is_done = jnp.zeros_like(to_do)
-    return _Stack(rows, step.quotients, step.largest, zeros, to_do, is_done)
-
-
-def _stacked(parts: Sequence[_Stack], key: _Key, count: int) -> _Stack:
-    """Stacks factors to `[count, …]`, filled up with some that are not to do."""
-    size, dtype = key
-
-    def one(shape: tuple[int, ...], dtype: Any, arrays: Sequence[jax.Array]) -> Any:
-        stack, begin = jnp.zeros((count, *shape), dtype), 0
-        for array in arrays:
-            stack = jax.lax.dynamic_update_slice_in_dim(stack, array, begin, axis=0)
-            begin += len(array)
-        return stack
-
-    shapes = ((size, size), (size,), (1,), (size,), (), ())
-    dtypes = (dtype, dtype, dtype, dtype, bool, bool)
-    fields = zip(*parts, strict=True) if parts else [()] * len(shapes)
-    return _Stack(*map(one, shapes, dtypes, fields))
-
-
-def _from_stack(stack: _Stack, shape: tuple[int, ...]) -> Refreshed:
-    return Refreshed(
-        rows=stack.rows.reshape(shape),
-        eigenvalues=(stack.sizes * stack.largest).reshape(shape[:-1]),
-        is_new=stack.is_done.reshape(shape[:-2]),
-    )
+def _in_grid(stack: Sequence[jax.Array], shape: tuple[int, ...]) -> Refreshed:
+    """The results of a stack for a factor of this shape, `[grid…, b, b]`."""
+    shapes = (shape, shape[:-1], shape[:-2])
+    return Refreshed(*(x.reshape(s) for x, s in zip(stack, shapes, strict=True)))
 
 
 def adopt(
@@ -356,7 +311,7 @@ def adopt(
     moments, is_new = _kronecker.change_basis(
         old.moments,
         old.eigenbases,
-        [None if n is None else n.rows for n in new],
+        [None if n is None else n.eigenbases for n in new],
         [None if n is None else n.is_new for n in new],
         *(layout, precision),
     )
@@ -373,76 +328,90 @@ def _adopted(
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     values = new.eigenvalues.astype(eigenvalues.dtype)
     return (
-        # A constraint on the layout would gather what is spread over devices.
-        _kronecker.adopt(
-            *(new.rows, eigenbasis, is_new), overwrite=not _may_be_spread(eigenbasis)
-        ),
+        jnp.where(is_new[..., None, None], new.eigenbases, eigenbasis),
         jnp.where(is_new[..., None], values, eigenvalues),
         skipped + (~is_new[..., None]).astype(skipped.dtype),
     )
 
 
-def _orthonormalized(stack: _Stack, method: Method) -> _Stack:
-    """The stack with new eigenbases, where they are needed and nothing fails."""
-    most = min(_CHUNK_BYTES, _CHUNK_SHARE * stack.rows.nbytes)
-    chunk = max(1, int(most) // stack.rows[0].nbytes)
-    by_cholesky = method.name == "cholesky_qr"
-    first = functools.partial(
-        _kronecker.orthonormalize,
-        by_cholesky=by_cholesky,
-        decomposed=True if method.name == "eigh" else method.initial,
-    )
-    stack = _in_chunks(first, stack, chunk)
-    if by_cholesky:
-        again = functools.partial(_kronecker.orthonormalize, by_cholesky=False)
-        stack = _in_chunks(again, stack, 1)
-    return stack
-
-
-def _in_chunks(function: Any, stack: _Stack, chunk: int) -> _Stack:
-    """Applies `function` to rows and quotients that are to do; where it succeeds, done.
-
-    A chunk where nothing is to do costs nothing.
-    """
-
-    def apply(part: _Stack) -> _Stack:
-        rows, sizes = function(part.rows, part.quotients)
-        sound = _kronecker.is_orthonormal(rows)
-        new = part.to_do & sound
-        return part._replace(
-            rows=jnp.where(new[..., None, None], rows, part.rows),
-            sizes=jnp.where(new[..., None], sizes, part.sizes),
-            to_do=part.to_do & ~sound,
-            is_done=part.is_done | new,
-        )
-
-    def apply_if_any(part: _Stack) -> _Stack:
-        return jax.lax.cond(jnp.any(part.to_do), apply, lambda part: part, part)
-
-    def refresh_chunk(chunk: int, i: jax.Array, stack: _Stack) -> _Stack:
-        # The last one may overlap with what is done already.
-        begin = jnp.minimum(i * chunk, len(stack.rows) - chunk)
-        part = jax.tree.map(
-            lambda x: jax.lax.dynamic_slice_in_dim(x, begin, chunk), stack
-        )
-        return jax.tree.map(
-            lambda x, new: jax.lax.dynamic_update_slice_in_dim(x, new, begin, 0),
-            *(stack, apply_if_any(part)),
-        )
-
-    def loop(stack: _Stack, chunk: int) -> _Stack:
-        count = len(stack.rows)
-        if count == chunk:
-            return apply_if_any(stack)
-        body = functools.partial(refresh_chunk, chunk)
-        return jax.lax.fori_loop(0, -(-count // chunk), body, stack)
-
+def _refreshed(method: Method, factors: jax.Array, eigenbases: jax.Array) -> Refreshed:
+    """Refreshes a stack, chunk by chunk."""
+    most = min(_CHUNK_BYTES, _CHUNK_SHARE * factors.nbytes)
+    chunk = max(1, int(most) // factors[0].nbytes)
+    zeros = jnp.zeros_like(_kronecker.at_least_float32(eigenbases[..., 0, :]))
+    old = Refreshed(eigenbases, zeros, is_new=jnp.zeros_like(zeros[..., 0], bool))
+    run = functools.partial(_in_chunks, functools.partial(_refresh_chunk, method))
     if chunk == 1:
-        return loop(stack, 1)
+        return run(factors, old, chunk=1)
     # On CPU decompositions come from LAPACK, one after another anyway; batches of them
     # beside other work have been seen to wait for each other for ever (JAX 0.10.2).
     return jax.lax.platform_dependent(
-        stack,
-        cpu=functools.partial(loop, chunk=1),
-        default=functools.partial(loop, chunk=chunk),
+        *(factors, old),
+        cpu=functools.partial(run, chunk=1),
+        default=functools.partial(run, chunk=chunk),
+    )
+
+
+def _in_chunks(
+    refresh: Any, factors: jax.Array, stack: Refreshed, chunk: int
+) -> Refreshed:
+    count = len(factors)
+    if count == chunk:
+        return refresh(factors, stack)
+
+    def body(i: jax.Array, stack: Refreshed) -> Refreshed:
+        # The last one may overlap with what is done already.
+        begin = jnp.minimum(i * chunk, count - chunk)
+        part = lambda x: jax.lax.dynamic_slice_in_dim(x, begin, chunk)  # noqa: E731
+        new = refresh(part(factors), jax.tree.map(part, stack))
+        put = functools.partial(jax.lax.dynamic_update_slice_in_dim, axis=0)
+        return jax.tree.map(lambda x, y: put(x, y, begin), stack, new)
+
+    return jax.lax.fori_loop(0, -(-count // chunk), body, stack)
+
+
+def _refresh_chunk(method: Method, factors: jax.Array, old: Refreshed) -> Refreshed:
+    """Refreshes some eigenbases together; where it fails or is not needed, none is new.
+
+    An eigenbasis of zeros stands for none, with nothing to do. Where there is nothing
+    to do at all, it costs nothing.
+    """
+    is_there = jnp.any(old.eigenbases[..., 0, :] != 0, axis=-1) & ~old.is_new
+
+    def step(old: Refreshed) -> Refreshed:
+        step = _kronecker.power_step(
+            factors, old.eigenbases, method.precision, is_first=method.initial
+        )
+        if method.tolerance is None:
+            return _orthonormalized(method, factors, step, is_there, old)
+        to_do = is_there & ~(step.off_diagonal <= method.tolerance)  # NaN then fails
+        finish = functools.partial(_orthonormalized, method, factors, step, to_do)
+        return jax.lax.cond(jnp.any(to_do), finish, lambda old: old, old)
+
+    return jax.lax.cond(jnp.any(is_there), step, lambda old: old, old)
+
+
+def _orthonormalized(
+    method: Method,
+    factors: jax.Array,
+    step: _kronecker.PowerStep,
+    to_do: jax.Array,
+    old: Refreshed,
+) -> Refreshed:
+    """The orthonormalized power steps that are to do, where they are sound."""
+    rows, decomposed = step.rows, method.initial
+    if method.name == "eigh":
+        rows = factors.astype(rows.dtype) / step.largest[..., None]
+        decomposed = True
+    rows, sizes, is_sound = _kronecker.orthonormalize(
+        *(rows, step.quotients, to_do),
+        by_cholesky=method.name == "cholesky_qr",
+        decomposed=decomposed,
+    )
+    is_new = to_do & is_sound
+    columns = jnp.swapaxes(rows, -2, -1).astype(old.eigenbases.dtype)
+    return Refreshed(
+        jnp.where(is_new[..., None, None], columns, old.eigenbases),
+        jnp.where(is_new[..., None], sizes * step.largest, old.eigenvalues),
+        is_new | old.is_new,
     )

@@ -326,7 +326,7 @@ class ShardedRefresh:
             if basis is None:
                 return None
             is_new = (skipped == before)[..., 0]
-            return Refreshed(jnp.swapaxes(basis, -2, -1), eigenvalues, is_new)
+            return Refreshed(basis, eigenvalues, is_new)
 
         taken = []
         for k, i in enumerate(members):

@@ -11,6 +11,7 @@ import pytest
 from jax.sharding import NamedSharding
 
 import soap_optax
+from soap_optax import _refresh
 
 OPTIMIZERS = {
     "soap": lambda **kw: soap_optax.soap(1e-2, **kw),
@@ -95,24 +96,44 @@ def test_strict_promotion_of_dtypes():
         jax.jit(tx.update)(params, state)
 
 
-def test_inside_shard_map():
-    """Each device has the state of its own rows."""
+def test_inside_shard_map(monkeypatch):
+    """Each device has the state of its own rows; slots with factors of other sizes."""
+    monkeypatch.setattr(_refresh, "_SLOT_BYTES", 1)
     mesh = jax.make_mesh((8,), ("x",), axis_types=(jax.sharding.AxisType.Auto,))
     tx = soap_optax.scale_by_soap()
-    grads = np.random.default_rng(0).normal(size=(4, 32, 3)).astype("f4")
-    rows = jax.P("x")
-    specs = jax.tree.map(
-        lambda x: rows if x.ndim else jax.P(), jax.eval_shape(tx.init, grads[0, :4])
-    )
-    init = jax.shard_map(tx.init, mesh=mesh, in_specs=rows, out_specs=specs)
+    shapes = {"rows": (4, 32, 3), "others": (4, 48, 4), "replicated": (4, 4, 3)}
+    rng = np.random.default_rng(0)
+    grads = {name: rng.normal(size=s).astype("f4") for name, s in shapes.items()}
+
+    def on_device_1(name, grad):
+        return grad if name == "replicated" else np.split(grad, 8)[1]
+
+    def specs_of(tree):
+        return jax.tree_util.tree_map_with_path(
+            lambda path, x: (
+                jax.P("x") if x.ndim and "replicated" not in str(path) else jax.P()
+            ),
+            tree,
+        )
+
+    def at(t):
+        whole = {name: grad[t] for name, grad in grads.items()}
+        return whole, {name: on_device_1(name, grad) for name, grad in whole.items()}
+
+    specs = specs_of(jax.eval_shape(tx.init, at(0)[1]))
+    rows = specs_of(at(0)[0])
+    init = jax.shard_map(tx.init, mesh=mesh, in_specs=(rows,), out_specs=specs)
     update = jax.shard_map(
         tx.update, mesh=mesh, in_specs=(rows, specs), out_specs=(rows, specs)
     )
-    state, alone = jax.jit(init)(grads[0]), tx.init(jnp.asarray(grads[0, 4:8]))
-    for grad in grads:
-        updates, state = jax.jit(update)(grad, state)
-        expected, alone = jax.jit(tx.update)(jnp.asarray(grad[4:8]), alone)
-        np.testing.assert_allclose(updates[4:8], expected, atol=1e-3)
+    state, alone = jax.jit(init)(at(0)[0]), tx.init(jax.tree.map(jnp.asarray, at(0)[1]))
+    for t in range(4):
+        whole, mine = at(t)
+        updates, state = jax.jit(update)(whole, state)
+        expected, alone = jax.jit(tx.update)(mine, alone)
+        for name, update_of_all in updates.items():
+            here = on_device_1(name, update_of_all)
+            np.testing.assert_allclose(here, expected[name], atol=1e-3)
 
 
 def test_extra_args_reach_the_inner_transformation():

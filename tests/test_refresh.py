@@ -174,7 +174,9 @@ def test_cholesky_qr_is_qr_on_the_factors_of_a_training_run():
             for name in ("qr", "cholesky_qr")
         )
         assert bool(qr.is_new) and bool(by_cholesky.is_new)
-        np.testing.assert_allclose(by_cholesky.rows, qr.rows, rtol=0, atol=1e-7)
+        np.testing.assert_allclose(
+            by_cholesky.eigenbases, qr.eigenbases, rtol=0, atol=1e-7
+        )
         values = jnp.sort(qr.eigenvalues)
         conditions.append(float(values[-1] / jnp.maximum(values[0], 1e-300)))
     assert len(conditions) == 6 and max(conditions) > 1e4
