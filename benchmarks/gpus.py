@@ -38,7 +38,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
 sys.path.insert(0, str(Path(__file__).parent.parent / "experiments"))
 import steps
 import train_lm
-from results import machine, show, write
+from results import machine, report, require_known
 
 # What XLA has to know of an H200.
 H200 = """
@@ -171,12 +171,8 @@ def update_row(tx: Any, state: Any) -> dict[str, Any]:
 
 
 def main(check: Check) -> None:
-    for given, known in (
-        (check.rows, steps.ROWS),
-        ([check.preset], train_lm.PRESETS),
-    ):
-        if set(given) - set(known):
-            sys.exit(f"error: must be of {', '.join(known)}, got {', '.join(given)}")
+    require_known("rows", check.rows, steps.ROWS)
+    require_known("preset", [check.preset], train_lm.PRESETS)
     topology = topologies.get_topology_desc(
         "h200", platform="cuda", topology="1x1x1", target_config=H200
     )
@@ -188,11 +184,10 @@ def main(check: Check) -> None:
         "target": device.device_kind,
         "cuda_plugin": metadata.version("jax-cuda12-plugin"),
     }
-    rows: list[dict[str, Any]] = []
-    for name in check.rows:
-        rows.append({"model": check.preset, **row_of(name, check, sharding), **about})
-        print("  ".join(f"{k} {show(v)}" for k, v in rows[-1].items()), flush=True)
-        write(check.out / "gpus.csv", rows)
+    rows = (
+        {"model": check.preset, **row_of(name, check, sharding)} for name in check.rows
+    )
+    report(rows, check.out / "gpus.csv", about)
 
 
 if __name__ == "__main__":

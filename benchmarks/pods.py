@@ -39,7 +39,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding
 sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
 sys.path.insert(0, str(Path(__file__).parent.parent / "experiments"))
 import train_lm
-from results import machine, show, write
+from results import machine, report, require_known
 
 DUMPS = Path(os.environ["XLA_FLAGS"].split("=")[-1])
 
@@ -206,17 +206,15 @@ def row_of(pod: Pod, name: str, *, whole_step: bool) -> dict[str, Any]:
 
 
 def main(check: Check) -> None:
-    for given, known in ((check.pods, PODS), (check.optimizers, OPTIMIZERS)):
-        if set(given) - set(known):
-            sys.exit(f"error: must be of {', '.join(known)}, got {', '.join(given)}")
+    require_known("pods", check.pods, PODS)
+    require_known("optimizers", check.optimizers, OPTIMIZERS)
+    rows = (
+        row_of(PODS[pod], name, whole_step=check.step)
+        for pod in check.pods
+        for name in check.optimizers
+    )
     about = {**machine(), "libtpu": metadata.version("libtpu")}
-    rows: list[dict[str, Any]] = []
-    for pod in check.pods:
-        for name in check.optimizers:
-            rows.append(row_of(PODS[pod], name, whole_step=check.step) | about)
-            shown = (f"{k} {show(v)}" for k, v in rows[-1].items())
-            print("  ".join(shown), flush=True)
-            write(check.out / "pods.csv", rows)
+    report(rows, check.out / "pods.csv", about)
 
 
 if __name__ == "__main__":

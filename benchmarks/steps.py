@@ -35,7 +35,7 @@ import tyro
 import soap_optax
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "experiments"))
-from results import machine, show, write
+from results import machine, report, require_known
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
@@ -55,6 +55,7 @@ class Shape:
 
 
 PRESETS = {
+    "tiny": Shape(16, 1, 32, head_dim=8),  # for tests
     "default": Shape(384, 4, 256),
     "24-layers": Shape(384, 24, 256),
     "768x12": Shape(768, 12, 256),
@@ -312,7 +313,7 @@ def refreshes(bench: Bench) -> Iterator[dict[str, Any]]:
         plain: list[float] = []
         added: list[float] = []
         bound: list[float] = []
-        for _ in range(2 * bench.cycles):
+        for _ in range(4 * bench.cycles):
             plain.append(run(10))
             added.append(run(1) - plain[-1])
             bound.append(seconds(bare)[0])
@@ -561,22 +562,16 @@ def plot(rows: list[dict[str, Any]], path: Path, title: str) -> None:
 
 
 def main(bench: Bench) -> None:
-    for given, known in ((bench.parts, PARTS), (bench.rows, ROWS)):
-        if set(given) - set(known):
-            sys.exit(f"error: must be of {', '.join(known)}, got {', '.join(given)}")
-    if bench.preset not in PRESETS:
-        sys.exit(f"error: --preset must be one of {', '.join(PRESETS)}")
+    require_known("parts", bench.parts, PARTS)
+    require_known("rows", bench.rows, ROWS)
+    require_known("preset", [bench.preset], PRESETS)
     threads = os.environ.get("OPENBLAS_NUM_THREADS", "default")
     about = {**machine(), "lapack_threads": threads}
     print(", ".join(f"{key} {value}" for key, value in about.items()))
     for part in bench.parts:
         print(f"\n{part}: {PARTS[part].__doc__.splitlines()[0]}", flush=True)
-        rows = []
-        for row in PARTS[part](bench):
-            rows.append(row)
-            print("  ".join(f"{k} {show(v)}" for k, v in row.items()), flush=True)
         name = f"bench_{bench.preset}_{jax.default_backend()}_{part}"
-        write(bench.out / f"{name}.csv", [{**row, **about} for row in rows])
+        rows = report(PARTS[part](bench), bench.out / f"{name}.csv", about)
         if part == "steps":
             title = ", ".join(f"{key} {value}" for key, value in about.items())
             title = f"{bench.preset}: {title}"

@@ -25,7 +25,7 @@ import jax
 import matplotlib
 import numpy as np
 import tyro
-from results import Row, report, run_all
+from results import Row, report, require_known, run_all
 
 sys.path.append(str(Path(__file__).parent.parent / "examples"))
 from train_lm import Config, make_model, make_state, train
@@ -381,9 +381,7 @@ PARTS: dict[str, Callable[[Experiment], None]] = {
 
 
 def main(experiment: Experiment) -> None:
-    unknown = set(experiment.parts) - set(PARTS)
-    if unknown:
-        sys.exit(f"error: --parts must be of {', '.join(PARTS)}, got {unknown}")
+    require_known("parts", experiment.parts, PARTS)
     for part in experiment.parts:
         print(f"\n{part}")
         PARTS[part](experiment)

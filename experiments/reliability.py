@@ -21,7 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import tyro
-from results import Row, read, show, write
+from results import Row, read, report, require_known
 
 import soap_optax
 
@@ -309,16 +309,10 @@ class Experiment:
 
 def main(experiment: Experiment) -> None:
     print(f"{platform.machine()}, {jax.default_backend()}, JAX {jax.__version__}")
-    unknown = set(experiment.parts) - set(PARTS)
-    if unknown:
-        sys.exit(f"error: --parts must be of {', '.join(PARTS)}, got {unknown}")
+    require_known("parts", experiment.parts, PARTS)
     for part in experiment.parts:
         print(f"\n{part}: {PARTS[part].__doc__.splitlines()[0]}")
-        rows = []
-        for row in PARTS[part]():
-            rows.append(row)
-            print("  ".join(f"{name} {show(value)}" for name, value in row.items()))
-        write(experiment.out / f"reliability_{part}.csv", rows)
+        report(PARTS[part](), experiment.out / f"reliability_{part}.csv")
 
 
 if __name__ == "__main__":

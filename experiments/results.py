@@ -6,7 +6,7 @@ import multiprocessing
 import os
 import platform
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -48,11 +48,24 @@ def write(path: Path, rows: list[Row]) -> None:
     draft.replace(path)
 
 
-def report(rows: list[Row], path: Path) -> None:
-    """Prints a table and writes it, with the machine."""
+def require_known(option: str, given: Iterable[str], known: Iterable[str]) -> None:
+    """Ends the program if something is asked for that there is not."""
+    if unknown := [name for name in given if name not in known]:
+        names = ", ".join(known)
+        sys.exit(f"error: --{option} must be of {names}, got {', '.join(unknown)}")
+
+
+def report(
+    rows: Iterable[Row], path: Path, about: Mapping[str, str] | None = None
+) -> list[Row]:
+    """Prints rows as they come, writes those there are with the machine, or `about`."""
+    about = machine() if about is None else about
+    found: list[Row] = []
     for row in rows:
-        print("  ".join(f"{name} {show(value)}" for name, value in row.items()))
-    write(path, [row | machine() for row in rows])
+        found.append(row)
+        print("  ".join(f"{k} {show(v)}" for k, v in row.items()), flush=True)
+        write(path, [{**row, **about} for row in found])
+    return found
 
 
 def run_all(

@@ -28,7 +28,7 @@ from soap_optax import _kronecker
 from soap_optax._layout import Layout, explicit_sharding
 
 # Into how many slots a refresh is cut that is not staggered, if each has so many bytes:
-# as many times smaller than the eigenbases is what it keeps beside them.
+# as many times smaller than factors and eigenbases is what it keeps beside them.
 _SLOTS = 8
 _SLOT_BYTES = 2**20
 # A chunk of a stack has at most this many bytes, and this share of it, or one matrix.

@@ -26,6 +26,26 @@ def test_a_run_that_fails_leaves_no_table(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+def test_a_report_has_what_there_is_and_the_machine(tmp_path):
+    def rows():
+        yield {"value": 1}
+        assert [row["value"] for row in results.read(tmp_path / "a.csv")] == ["1"]
+        yield {"other": 2.0}
+
+    found = results.report(rows(), tmp_path / "a.csv")
+    assert found == [{"value": 1}, {"other": 2.0}]
+    first, second = results.read(tmp_path / "a.csv")
+    assert first.items() >= {"value": "1", "other": "", **results.machine()}.items()
+    assert second.items() >= {"value": "", "other": "2", **results.machine()}.items()
+
+
+def test_what_there_is_not_cannot_be_asked_for():
+    results.require_known("parts", ["a"], ["a", "b"])
+    message = "error: --parts must be of a, b, got c, d"
+    with pytest.raises(SystemExit, match=message):
+        results.require_known("parts", ["c", "a", "d"], ["a", "b"])
+
+
 def test_steps_and_seconds_to_a_loss_are_between_evaluations():
     curve = language_model.Curve(
         language_model.BASE,

@@ -1,0 +1,26 @@
+"""Benchmarks run and count; what they time is for `make bench`."""
+
+import jax
+import pytest
+import results
+import steps
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(jax.default_backend() != "cpu", reason="names files by backend")
+def test_every_part_writes_its_table(tmp_path):
+    parts = ("steps", "refreshes", "precisions", "training")
+    rows = ("adamw", "soap", "blocks 256")
+    bench = steps.Bench("tiny", rows, parts, 1, tmp_path, sequence=16, batches=(1, 2))
+    steps.main(bench)
+    tables = {
+        part: results.read(tmp_path / f"bench_tiny_cpu_{part}.csv") for part in parts
+    }
+    assert [row["optimizer"] for row in tables["steps"]] == list(rows)
+    adamw, soap, _ = tables["steps"]
+    assert (adamw["qr"], soap["qr"], soap["eigh"]) == ("0", "3", "3")  # 16, 32, 64
+    assert float(soap["state_mb"]) > float(adamw["state_mb"])
+    assert [row["tokens"] for row in tables["training"]] == ["16", "32"]
+    assert len(tables["refreshes"]) == 5
+    assert all(row["jax"] == jax.__version__ for t in tables.values() for row in t)
+    assert (tmp_path / "bench_tiny_cpu_steps.png").stat().st_size > 0
