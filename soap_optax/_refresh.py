@@ -355,6 +355,7 @@ def _refreshed(method: Method, factors: jax.Array, eigenbases: jax.Array) -> Ref
 def _in_chunks(
     refresh: Any, factors: jax.Array, stack: Refreshed, chunk: int
 ) -> Refreshed:
+    """Applies `refresh` to so many of a stack at a time."""
     count = len(factors)
     if count == chunk:
         return refresh(factors, stack)
