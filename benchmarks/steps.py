@@ -398,9 +398,14 @@ def compiling(bench: Bench) -> Iterator[dict[str, Any]]:
         shape = dataclasses.replace(PRESETS[bench.preset], layers=layers)
         for name, options in {"eigh start": {}, "identity start": IDENTITY}.items():
             for in_batches in (True, False):
-                # None in a stack, as on a mesh where shardings are not known.
-                alone = mock.patch.object(_refresh.Refresh, "_stacks", [])
-                with contextlib.nullcontext() if in_batches else alone:
+                # As on a mesh where shardings are not known: no stacks, no slots.
+                with contextlib.ExitStack() as alone:
+                    for of, name_of, value in (
+                        (_refresh.Refresh, "_stacks", []),
+                        (_refresh, "_SLOTS", 1),
+                    ):
+                        if not in_batches:
+                            alone.enter_context(mock.patch.object(of, name_of, value))
                     spent, program = compiled(soap(**options), shape)
                 memory = program.memory_analysis()
                 state = jax.eval_shape(

@@ -6,7 +6,7 @@ import multiprocessing
 import os
 import platform
 import sys
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -48,7 +48,7 @@ def write(path: Path, rows: list[Row]) -> None:
     draft.replace(path)
 
 
-def require_known(option: str, given: Iterable[str], known: Iterable[str]) -> None:
+def require_known(option: str, given: Iterable[str], known: Collection[str]) -> None:
     """Ends the program if something is asked for that there is not."""
     if unknown := [name for name in given if name not in known]:
         names = ", ".join(known)

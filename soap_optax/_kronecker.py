@@ -410,7 +410,7 @@ def orthonormalize(
     by_cholesky: bool,
     decomposed: jax.Array | bool = False,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Makes the rows `[..., b, b]` orthonormal, in the order of descending quotients.
+    """Makes rows `[n, ..., b, b]` orthonormal, in the order of descending quotients.
 
     They come back where they stood: a coordinate keeps its identity, and statistics
     that are kept per coordinate stay valid.
@@ -419,8 +419,8 @@ def orthonormalize(
       rows: those of a `PowerStep`.
       quotients: its quotients.
       wanted: which of the matrices are, `[...]`; of the others comes anything.
-      by_cholesky: whether by Cholesky's method where it succeeds, in place of
-        Householder's.
+      by_cholesky: whether by Cholesky's method, in place of Householder's, but for
+        those of the `n` of which a matrix fails.
       decomposed: whether the rows are the factor M, and its eigenvectors, in the order
         of their eigenvalues, are wanted.
 
@@ -481,7 +481,7 @@ def _householder(rows: jax.Array) -> tuple[jax.Array, jax.Array]:
 def _cholesky_or_householder(
     rows: jax.Array, wanted: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
-    """`_cholesky` of each matrix `[n, ...]` and, where it fails, `_householder`."""
+    """`_cholesky` of `[n, ...]` and, for those where it fails, `_householder`."""
     found = _cholesky(rows)
     failed = wanted & ~is_orthonormal(found[0])
 
@@ -527,7 +527,7 @@ def _cholesky(rows: jax.Array) -> tuple[jax.Array, jax.Array]:
 
     sizes = jnp.sqrt(jnp.sum(jnp.square(rows), axis=-1))
     rows = rows / jnp.where(sizes > 0, sizes, 1)[..., None]
-    start = (rows, sizes, jnp.full(rows.shape[:-2], jnp.inf, rows.dtype), 0)
+    start = (rows, sizes, jnp.full_like(sizes[..., 0], jnp.inf), 0)
     rows, sizes, *_ = jax.lax.while_loop(is_far, improve, start)
     return rows, sizes
 

@@ -3,7 +3,7 @@
 A refresh goes through the parameters in slots of about equal cost, one slot after the
 other, or, staggered, one slot a step. In a slot
 
-    gather         copies factors and eigenbases: one stack for each size
+    gather         copies factors and eigenbases: one stack for each size (and dtype)
     refresh        the eigenbases in the stacks, in place, in chunks
     adopt          puts each new eigenbasis in place and changes the first moments to it
 
@@ -31,7 +31,8 @@ from soap_optax._layout import Layout, explicit_sharding
 # as many times smaller than factors and eigenbases is what it keeps beside them.
 _SLOTS = 8
 _SLOT_BYTES = 2**20
-# A chunk of a stack has at most this many bytes, and this share of it, or one matrix.
+# A chunk of a stack has at most this many bytes, in the dtype of computation, and this
+# share of it, or one matrix.
 _CHUNK_BYTES = 2**25
 _CHUNK_SHARE = 1 / 8
 
@@ -201,7 +202,7 @@ class Refresh:
                 for units in of_slots
             ]
             ((i, axis), *_) = itertools.chain(*of_slots)
-            like = self.factors[i][axis]
+            like = self.factors[i][axis]  # in a shard_map zeros vary as it does
             missing = (max(counts) - counts[slot], *like.shape[-2:])
             mine = [_flat(of_kind[i][axis]) for i, axis in of_slots[slot]]
             return jnp.concatenate([*mine, jnp.zeros_like(like, shape=missing)])
@@ -336,9 +337,9 @@ def _adopted(
 
 def _refreshed(method: Method, factors: jax.Array, eigenbases: jax.Array) -> Refreshed:
     """Refreshes a stack, chunk by chunk."""
-    most = min(_CHUNK_BYTES, _CHUNK_SHARE * factors.nbytes)
-    chunk = max(1, int(most) // factors[0].nbytes)
     zeros = jnp.zeros_like(_kronecker.at_least_float32(eigenbases[..., 0, :]))
+    matrix = factors[0].size * zeros.dtype.itemsize
+    chunk = max(1, min(int(_CHUNK_SHARE * len(factors)), _CHUNK_BYTES // matrix))
     old = Refreshed(eigenbases, zeros, is_new=jnp.zeros_like(zeros[..., 0], bool))
     run = functools.partial(_in_chunks, functools.partial(_refresh_chunk, method))
     if chunk == 1:
@@ -377,19 +378,21 @@ def _refresh_chunk(method: Method, factors: jax.Array, old: Refreshed) -> Refres
     An eigenbasis of zeros stands for none, with nothing to do. Where there is nothing
     to do at all, it costs nothing.
     """
-    is_there = jnp.any(old.eigenbases[..., 0, :] != 0, axis=-1) & ~old.is_new
+    keep = lambda old: old  # noqa: E731
+    # What is new is of a chunk before this one, with which it overlaps.
+    is_left = jnp.any(old.eigenbases[..., 0, :] != 0, axis=-1) & ~old.is_new
 
-    def step(old: Refreshed) -> Refreshed:
+    def refresh(old: Refreshed) -> Refreshed:
         step = _kronecker.power_step(
             factors, old.eigenbases, method.precision, is_first=method.initial
         )
         if method.tolerance is None:
-            return _orthonormalized(method, factors, step, is_there, old)
-        to_do = is_there & ~(step.off_diagonal <= method.tolerance)  # NaN then fails
+            return _orthonormalized(method, factors, step, is_left, old)
+        to_do = is_left & ~(step.off_diagonal <= method.tolerance)  # NaN then fails
         finish = functools.partial(_orthonormalized, method, factors, step, to_do)
-        return jax.lax.cond(jnp.any(to_do), finish, lambda old: old, old)
+        return jax.lax.cond(jnp.any(to_do), finish, keep, old)
 
-    return jax.lax.cond(jnp.any(is_there), step, lambda old: old, old)
+    return jax.lax.cond(jnp.any(is_left), refresh, keep, old)
 
 
 def _orthonormalized(

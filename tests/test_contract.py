@@ -96,11 +96,14 @@ def test_strict_promotion_of_dtypes():
         jax.jit(tx.update)(params, state)
 
 
-def test_inside_shard_map(monkeypatch):
+@pytest.mark.parametrize(
+    "options", [{}, {"refresh": "cholesky_qr", "refresh_tolerance": 0.01}]
+)
+def test_inside_shard_map(monkeypatch, options):
     """Each device has the state of its own rows; slots with factors of other sizes."""
     monkeypatch.setattr(_refresh, "_SLOT_BYTES", 1)
     mesh = jax.make_mesh((8,), ("x",), axis_types=(jax.sharding.AxisType.Auto,))
-    tx = soap_optax.scale_by_soap()
+    tx = soap_optax.scale_by_soap(**options)
     shapes = {"rows": (4, 32, 3), "others": (4, 48, 4), "replicated": (4, 4, 3)}
     rng = np.random.default_rng(0)
     grads = {name: rng.normal(size=s).astype("f4") for name, s in shapes.items()}

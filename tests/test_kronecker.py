@@ -148,7 +148,7 @@ def test_quality_of_what_is_singular_up_to_round_off():
     np.testing.assert_allclose(off_diagonal, 0, atol=1e-16)
 
 
-def test_whatis_orthonormal():
+def test_what_is_orthonormal():
     basis = orthogonal(40)
     broken = [
         basis.at[:, 3].multiply(1.001),
@@ -186,6 +186,23 @@ def test_change_basis_takes_nothing_that_would_not_stay_finite():
     assert not any(taken)
     np.testing.assert_array_equal(changed, array)
     np.testing.assert_array_equal(other, 2 * array)
+
+
+def test_change_basis_block_by_block():
+    """A block that would not stay finite stays; one that is not finite is no reason."""
+    plan, array = layout(4, 3, block_size=2), normal(4, 3)
+    array = array.at[2, 0].set(jnp.nan)
+    old = [jnp.stack([orthogonal(2, 1), orthogonal(2, 2)]), None]
+    new = [jnp.stack([jnp.full((2, 2), jnp.inf), orthogonal(2, 3)]), None]
+    is_new = [jnp.ones(2, bool), None]
+    (changed,), (taken, _) = _kronecker.change_basis(
+        [array], old, new, is_new, plan, None
+    )
+    assert taken.tolist() == [False, True]
+    np.testing.assert_array_equal(changed[:2], array[:2])
+    expected = new[0][1].T @ old[0][1] @ array[2:]
+    np.testing.assert_allclose(changed[2:, 1:], expected[:, 1:], atol=1e-14)
+    assert jnp.isnan(changed[2:, 0]).all()
 
 
 def refresh(factor, basis, method, precision):

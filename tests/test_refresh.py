@@ -1,6 +1,7 @@
 """Refreshes of difficult factors, by every method, in both precisions, batched."""
 
 import ast
+import functools
 from pathlib import Path
 
 import jax
@@ -126,6 +127,37 @@ def test_what_fails_stays_in_a_batch(method):
     np.testing.assert_array_equal(bases[expected], start[expected])
     np.testing.assert_array_equal(after[expected], 1)
     assert np.isfinite(bases).all() and np.isfinite(after).all()
+
+
+@pytest.mark.parametrize("initial", [False, True])
+@pytest.mark.parametrize("tolerance", [None, 1e-3])
+@pytest.mark.parametrize("method", METHODS)
+def test_chunks_are_as_if_alone(method, tolerance, initial):
+    """Among them none, one that fails and one that is diagonal; chunks overlap."""
+    scaled = factors("float32")[:, 1]
+    matrices = jnp.concatenate([scaled, jnp.diag(jnp.arange(1.0, SIZE + 1))[None]])
+    matrices = matrices.at[1].set(jnp.nan).astype(jnp.float32)
+    identity = jnp.eye(SIZE, dtype=jnp.float32)
+    bases = jnp.broadcast_to(identity, matrices.shape).at[2].set(0)
+    if not initial:
+        turned = jnp.asarray(orthogonal(2), "float32")
+        bases = bases.at[3:-1].set(turned)
+    how = _refresh.Method(method, jnp.asarray(initial), tolerance)
+    values = jnp.zeros(bases.shape[:-1], jnp.float32)
+    start = _refresh.Refreshed(bases, values, jnp.zeros(len(bases), bool))
+    run = functools.partial(_refresh._refresh_chunk, how)
+    alone, *others = (
+        jax.jit(functools.partial(_refresh._in_chunks, run, chunk=chunk))(
+            matrices, start
+        )
+        for chunk in (1, 3, len(matrices))
+    )
+    assert alone.is_new[3] and not alone.is_new[1:3].any()
+    assert bool(alone.is_new[-1]) == (tolerance is None)
+    for chunked in others:
+        np.testing.assert_array_equal(chunked.is_new, alone.is_new)
+        for found, expected in zip(chunked[:2], alone[:2], strict=True):
+            np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5)
 
 
 def trained_on_text():
