@@ -102,6 +102,8 @@ class Bench:
     """Tokens of a sequence, for the part `training`."""
     batches: tuple[int, ...] = (2, 8, 32)
     """Sequences of a step, for the part `training`."""
+    layers: tuple[int, ...] = (4, 24)
+    """Of the models for the part `compiling`."""
 
 
 # --- trees and programs --------------------------------------------------------------
@@ -391,10 +393,10 @@ def batches_of(state: Any) -> list[tuple[jax.Array, jax.Array]]:
 
 
 def compiling(bench: Bench) -> Iterator[dict[str, Any]]:
-    """Programs of 4 and 24 layers, refreshed in batches and leaf by leaf."""
+    """Programs of few and many layers, refreshed in batches and leaf by leaf."""
     from soap_optax import _refresh
 
-    for layers in (4, 24):
+    for layers in bench.layers:
         shape = dataclasses.replace(PRESETS[bench.preset], layers=layers)
         for name, options in {"eigh start": {}, "identity start": IDENTITY}.items():
             for in_batches in (True, False):
@@ -570,8 +572,11 @@ def main(bench: Bench) -> None:
     require_known("parts", bench.parts, PARTS)
     require_known("rows", bench.rows, ROWS)
     require_known("preset", [bench.preset], PRESETS)
-    threads = os.environ.get("OPENBLAS_NUM_THREADS", "default")
-    about = {**machine(), "lapack_threads": threads}
+    about = {
+        **machine(),
+        "lapack_threads": os.environ.get("OPENBLAS_NUM_THREADS", "default"),
+        "xla_flags": os.environ.get("XLA_FLAGS", "default"),
+    }
     print(", ".join(f"{key} {value}" for key, value in about.items()))
     for part in bench.parts:
         print(f"\n{part}: {PARTS[part].__doc__.splitlines()[0]}", flush=True)

@@ -350,9 +350,10 @@ def _step(
         if options.root is None:
             values = _kronecker.follow(values, energies, weight)
         eigenvalues.append(values)
-        if any(leaf.layout.factored):
+        if leaf.layout.has_factors:
             coordinates = _kronecker.bounded(coordinates)
-        projected.append(_sharding.like_parameter(coordinates, leaf))
+        coordinates = _sharding.like_parameter(coordinates, leaf)
+        projected.append(_apart_from_blocks(coordinates, leaf))
     inner_updates, inner_state = inner.update(
         plan.treedef.unflatten(projected),
         state.inner_state,
@@ -370,17 +371,26 @@ def _step(
     return steps, state._replace(eigenvalues=eigenvalues, inner_state=inner_state)
 
 
+def _apart_from_blocks(array: jax.Array, leaf: _tree.Leaf) -> jax.Array:
+    """The array, which XLA makes before, or reads after, the inner transformation.
+
+    Not in one pass with it where the array is permuted to or from blocks: on GPU such
+    a pass cannot overwrite moments in bfloat16, which were copied therefore.
+    """
+    return jax.lax.optimization_barrier(array) if leaf.layout.blocked() else array
+
+
 def _bound_and_project_back(
     options: Options, leaf: _tree.Leaf, update: jax.Array, eigenvalues: Any, bases: Any
 ) -> jax.Array:
     """The step of a parameter, from an inner update."""
     layout = leaf.layout
-    update = _sharding.for_blocks(update, leaf)
+    update = _sharding.for_blocks(_apart_from_blocks(update, leaf), leaf)
     update = _kronecker.damp(update, eigenvalues, layout, options.rcond)
     if options.root is not None:
         update = _kronecker.root(update, eigenvalues, layout, *options.root)
     step = _kronecker.project_back(update, bases, layout, options.precision)
-    if any(layout.factored) and options.clip_update_rms is not None:
+    if layout.has_factors and options.clip_update_rms is not None:
         step = _kronecker.clip_rms(step, layout, options.clip_update_rms)
     return _sharding.like_parameter(step, leaf)
 

@@ -41,7 +41,7 @@ def scale_by_factorized_adam(
     """
 
     def squares(array: jax.Array, leaf: _tree.Leaf) -> list[jax.Array]:
-        if any(leaf.layout.factored):
+        if leaf.layout.has_factors:
             array = _sharding.for_blocks(array, leaf)
             return _kronecker.mean_squares(array, leaf.layout)
         return [jnp.square(array)]
@@ -69,14 +69,14 @@ def scale_by_factorized_adam(
 
         def second_moments(array: Any, leaf: _tree.Leaf, old: Any) -> list[jax.Array]:
             new = optax.tree.update_moment(squares(array, leaf), old, b2, 1)
-            if not any(leaf.layout.factored):
+            if not leaf.layout.has_factors:
                 return new
             return [_sharding.placed(mean, _sharding.of_vector(leaf)) for mean in new]
 
         nu = [second_moments(*of) for of in zip(arrays, leaves, old, strict=True)]
 
         def scale(moment: jax.Array, means: Any, leaf: _tree.Leaf) -> jax.Array:
-            if any(leaf.layout.factored):
+            if leaf.layout.has_factors:
                 root = _kronecker.rank_one(means, moment, leaf.layout)
             else:
                 root = jnp.sqrt(means[0])

@@ -88,6 +88,10 @@ class Layout:
     axes: tuple[int, ...]
     factored: tuple[bool, ...]
 
+    @property
+    def has_factors(self) -> bool:
+        return any(self.factored)
+
     def to_blocks(self, array: jax.Array) -> jax.Array:
         """Views a parameter-shaped array as an array of blocks."""
         ordered = array.transpose(self.order)

@@ -240,11 +240,11 @@ def _grafted(
     def has_adam(params: optax.Params) -> Any:
         plan = options.plan(params)
         return plan.treedef.unflatten(
-            grafting == "adam" or not any(leaf.layout.factored) for leaf in plan.leaves
+            grafting == "adam" or not leaf.layout.has_factors for leaf in plan.leaves
         )
 
     def combine(step: Any, adam_step: Any, leaf: _tree.Leaf) -> jax.Array:
-        if not any(leaf.layout.factored):
+        if not leaf.layout.has_factors:
             return adam_step
         if grafting is None:
             return step

@@ -416,7 +416,7 @@ def make_refresh(
     if any(leaf.sharding is None for leaf in leaves):
         layouts = [leaf.layout for leaf in leaves]
         return Refresh(layouts, factors, method, _refresh.make_slots(factors, count))
-    with_factors = [i for i, leaf in enumerate(leaves) if any(leaf.layout.factored)]
+    with_factors = [i for i, leaf in enumerate(leaves) if leaf.layout.has_factors]
     sizes = _mesh(leaves).shape if leaves else {}
     aligned = [
         i for i in with_factors if leaves[i].layout.is_aligned(_spec(leaves[i]), sizes)

@@ -9,9 +9,11 @@ import steps
 @pytest.mark.slow
 @pytest.mark.skipif(jax.default_backend() != "cpu", reason="names files by backend")
 def test_every_part_writes_its_table(tmp_path):
-    parts = ("steps", "refreshes", "precisions", "training")
+    parts = steps.DEFAULT_PARTS
     rows = ("adamw", "soap", "blocks 256")
-    bench = steps.Bench("tiny", rows, parts, 1, tmp_path, sequence=16, batches=(1, 2))
+    bench = steps.Bench(
+        "tiny", rows, parts, 1, tmp_path, sequence=16, batches=(1, 2), layers=(2,)
+    )
     steps.main(bench)
     tables = {
         part: results.read(tmp_path / f"bench_tiny_cpu_{part}.csv") for part in parts
@@ -22,5 +24,7 @@ def test_every_part_writes_its_table(tmp_path):
     assert float(soap["state_mb"]) > float(adamw["state_mb"])
     assert [row["tokens"] for row in tables["training"]] == ["16", "32"]
     assert len(tables["refreshes"]) == 5
+    in_batches, leaf_by_leaf, *_ = tables["compiling"]
+    assert (in_batches["qr"], leaf_by_leaf["qr"]) == ("3", "28")
     assert all(row["jax"] == jax.__version__ for t in tables.values() for row in t)
     assert (tmp_path / "bench_tiny_cpu_steps.png").stat().st_size > 0
