@@ -54,14 +54,14 @@ experiments: setup
 bench: setup
 	$(BIN)/python benchmarks/steps.py --out docs/results
 	$(BIN)/python benchmarks/steps.py --out docs/results --preset 24-layers \
-		--rows soap --parts steps --cycles 3
+		--rows soap --parts steps
 	$(BIN)/python benchmarks/steps.py --out docs/results --preset 768x12 \
 		--rows adamw soap --parts steps --cycles 1
 	OPENBLAS_NUM_THREADS=1 $(BIN)/python benchmarks/steps.py --parts refreshes \
 		--out docs/results/one_lapack_thread
 	for preset in default 24-layers; do \
 		XLA_FLAGS=--xla_cpu_enable_concurrency_optimized_scheduler=false \
-		$(BIN)/python benchmarks/steps.py --parts steps --rows soap --cycles 3 \
+		$(BIN)/python benchmarks/steps.py --parts steps --rows soap \
 		--preset $$preset --out docs/results/sequential_schedule || exit 1; done
 
 # In an environment of its own: where libtpu is installed, JAX looks for TPUs.

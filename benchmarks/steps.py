@@ -95,7 +95,7 @@ class Bench:
     preset: str = "default"
     rows: tuple[str, ...] = tuple(ROWS)
     parts: tuple[str, ...] = DEFAULT_PARTS
-    cycles: int = 2
+    cycles: int = 4
     """Of f = 10 steps each, after one to warm up."""
     out: Path = Path("runs/bench")
     sequence: int = 256
@@ -278,14 +278,14 @@ def in_turn(
 
 
 def timings(times: list[float], products: list[float]) -> dict[str, float]:
-    """Figures of the cycles after the first."""
-    after, bound = np.array(times[10:]), float(np.median(products[10:]))
+    """Figures of the cycles after the first; each ratio is of two neighbours in time."""
+    after, bounds = np.array(times[10:]), np.array(products[10:])
     is_refresh = np.arange(len(after)) % 10 == 0
     step = float(np.median(after[~is_refresh]))
     return {
-        "bare_ms": 1e3 * bound,
+        "bare_ms": 1e3 * float(np.median(bounds)),
         "step_ms": 1e3 * step,
-        "step_over_bare": step / bound,
+        "step_over_bare": float(np.median((after / bounds)[~is_refresh])),
         "refresh_ms": 1e3 * (float(np.median(after[is_refresh])) - step),
         "mean_ms": 1e3 * float(after.mean()),
         "p99_ms": 1e3 * float(np.percentile(after, 99)),
@@ -315,7 +315,7 @@ def refreshes(bench: Bench) -> Iterator[dict[str, Any]]:
         plain: list[float] = []
         added: list[float] = []
         bound: list[float] = []
-        for _ in range(4 * bench.cycles):
+        for _ in range(2 * bench.cycles):
             plain.append(run(10))
             added.append(run(1) - plain[-1])
             bound.append(seconds(bare)[0])
