@@ -278,7 +278,7 @@ def in_turn(
 
 
 def timings(times: list[float], products: list[float]) -> dict[str, float]:
-    """Figures of the cycles after the first; each ratio is of two neighbours in time."""
+    """Figures of the cycles after the first; each ratio of two that were in turn."""
     after, bounds = np.array(times[10:]), np.array(products[10:])
     is_refresh = np.arange(len(after)) % 10 == 0
     step = float(np.median(after[~is_refresh]))
