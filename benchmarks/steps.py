@@ -582,7 +582,7 @@ def main(bench: Bench) -> None:
         print(f"\n{part}: {PARTS[part].__doc__.splitlines()[0]}", flush=True)
         name = f"bench_{bench.preset}_{jax.default_backend()}_{part}"
         rows = report(PARTS[part](bench), bench.out / f"{name}.csv", about)
-        if part == "steps":
+        if part == "steps" and len(rows) > 1:
             title = ", ".join(f"{key} {value}" for key, value in about.items())
             title = f"{bench.preset}: {title}"
             plot(rows, bench.out / f"{name}.png", title)
