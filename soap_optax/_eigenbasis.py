@@ -372,10 +372,10 @@ def _step(
 
 
 def _apart_from_blocks(array: jax.Array, leaf: _tree.Leaf) -> jax.Array:
-    """The array, which XLA makes before, or reads after, the inner transformation.
+    """What the inner transformation takes or gives, kept out of XLA's passes with it.
 
-    Not in one pass with it where the array is permuted to or from blocks: on GPU such
-    a pass cannot overwrite moments in bfloat16, which were copied therefore.
+    Where the array is permuted to or from blocks: on GPU such a pass cannot overwrite
+    moments in bfloat16, and XLA copied them (`copied_mb` of `make gpu-check`).
     """
     return jax.lax.optimization_barrier(array) if leaf.layout.blocked() else array
 
