@@ -4,13 +4,14 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 
 .PHONY: help setup train train-sharded sweep reliability experiments bench tpu-check \
-	gpu-check test test-slow test-oldest lint format clean
+	gpu-check test test-default-flags test-slow test-oldest dist-check lint format clean
 
 help:
 	@echo "make train          SOAP beside AdamW on a small language model, with a plot"
 	@echo "make train-sharded  the language model on a mesh of 8 virtual devices"
 	@echo "make test           lint, types and tests"
-	@echo "make test-slow      every combination of options, 2,000 random cases, long runs"
+	@echo "make test-default-flags  the tests of numbers as XLA compiles for users"
+	@echo "make test-slow      every combination of options, 2,400 random cases, long runs"
 	@echo "make sweep          the sweep that tuned both optimizers of make train"
 	@echo "make reliability    the figures of docs/reliability.md"
 	@echo "make experiments    the paper's comparison at a small scale, of docs/results.md"
@@ -18,6 +19,7 @@ help:
 	@echo "make tpu-check      training steps compiled for TPU pods, without a TPU"
 	@echo "make gpu-check      memory of training steps compiled for a GPU, without a GPU"
 	@echo "make test-oldest    the tests on the oldest supported JAX and optax"
+	@echo "make dist-check     the wheel, built and used in environments of its own"
 	@echo "make format         format the code"
 	@echo "PYTHON=python3.12 VENV=.venv-3.12 choose another interpreter."
 
@@ -84,6 +86,12 @@ lint: setup
 test: lint
 	$(BIN)/python -m pytest -n 2
 
+# make test compiles faster than users do, see tests/conftest.py.
+test-default-flags: setup
+	XLA_FLAGS=--xla_force_host_platform_device_count=8 $(BIN)/python -m pytest -n 2 \
+		tests/test_golden.py tests/test_contract.py tests/test_reliability.py \
+		tests/test_sharding.py
+
 test-slow: setup
 	$(BIN)/python -m pytest -n 2 -m slow
 	$(BIN)/python -m pytest -n 2 --hypothesis-profile slow tests/test_properties.py
@@ -91,6 +99,9 @@ test-slow: setup
 test-oldest:
 	$(MAKE) setup VENV=.venv-oldest PINS="jax==0.7.2 jaxlib==0.7.2 optax==0.2.6"
 	.venv-oldest/bin/python -m pytest -n 2
+
+dist-check:
+	$(PYTHON) .ci/check_dist.py
 
 format: setup
 	$(BIN)/ruff format .

@@ -152,8 +152,12 @@ def timed(lowered: Any) -> tuple[float, Any, str]:
     since = time.perf_counter()
     program = lowered.compile()
     seconds = time.perf_counter() - since
-    (text,) = DUMPS.glob("*.after_optimizations.txt")
-    found = text.read_text()
+    texts = list(DUMPS.glob("*.after_optimizations.txt"))
+    if len(texts) != 1:
+        raise RuntimeError(
+            f"expected one *.after_optimizations.txt from XLA in {DUMPS}, got {texts}"
+        )
+    found = texts[0].read_text()
     for file in (path for path in DUMPS.rglob("*") if path.is_file()):
         file.unlink()
     return seconds, program, found
@@ -162,8 +166,13 @@ def timed(lowered: Any) -> tuple[float, Any, str]:
 def row_of(pod: Pod, name: str, *, whole_step: bool) -> dict[str, Any]:
     config = dataclasses.replace(pod.config, **OPTIMIZERS[name]).filled()
     mesh = make_mesh(pod)
-    chips = math.prod(pod.mesh)
+    row = {"model": pod.preset, "topology": pod.topology, "optimizer": name}
+    row |= update_of(config, mesh)
+    return row | step_of(config, mesh) if whole_step else row
 
+
+def update_of(config: train_lm.Config, mesh: Mesh) -> dict[str, Any]:
+    """What the update of the optimizer needs, compiled alone."""
     alone = abstract_state(config, mesh, tx := train_lm.make_unclipped(config, mesh))
     shardings = jax.tree.map(lambda x: x.sharding, (alone.params, alone.opt_state))
     update = jax.jit(tx.update, donate_argnums=1, out_shardings=shardings)
@@ -172,22 +181,21 @@ def row_of(pod: Pod, name: str, *, whole_step: bool) -> dict[str, Any]:
     memory = program.memory_analysis()
     state = bytes_of(alone.opt_state, on_a_chip=True)
     total = bytes_of(alone.opt_state, on_a_chip=False)
-    row = {
-        "model": pod.preset,
+    return {
         "parameters_m": sum(x.size for x in jax.tree.leaves(alone.params)) / 1e6,
-        "topology": pod.topology,
-        "mesh": " x ".join(map(str, pod.mesh)),
-        "optimizer": name,
-        "block_size": config.block_size if "soap" in name else None,
+        "mesh": " x ".join(map(str, config.mesh)),
+        "block_size": None if config.optimizer == "adamw" else config.block_size,
         "state_mb_a_chip": state / 1e6,
-        "state_over_share": state / (total / chips),
+        "state_over_share": state / (total / mesh.size),
         "temporary_mb_a_chip": memory.temp_size_in_bytes / 1e6,
         **collectives(text),
         "program_mb": memory.generated_code_size_in_bytes / 1e6,
         "compile_s": seconds,
     }
-    if not whole_step:
-        return row
+
+
+def step_of(config: train_lm.Config, mesh: Mesh) -> dict[str, Any]:
+    """What the whole training step needs."""
     model = train_lm.make_model(config, mesh)
     whole = abstract_state(config, mesh, train_lm.make_optimizer(config, mesh))
     tokens = jax.ShapeDtypeStruct((1, config.batch, config.context + 1), jnp.int32)
@@ -197,7 +205,6 @@ def row_of(pod: Pod, name: str, *, whole_step: bool) -> dict[str, Any]:
     seconds, program, text = timed(lowered)
     memory = program.memory_analysis()
     return {
-        **row,
         **{f"step_{key}": value for key, value in collectives(text).items()},
         "step_temporary_mb_a_chip": memory.temp_size_in_bytes / 1e6,
         "step_program_mb": memory.generated_code_size_in_bytes / 1e6,

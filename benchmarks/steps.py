@@ -33,6 +33,7 @@ import optax
 import tyro
 
 import soap_optax
+from soap_optax.refresh import METHODS, _stacks
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "experiments"))
 from results import machine, report, require_known
@@ -305,9 +306,7 @@ def refreshes(bench: Bench) -> Iterator[dict[str, Any]]:
     bare()
     baseline: list[float] = []
     for name, options in {
-        "qr": {},
-        "cholesky_qr": {"refresh": "cholesky_qr"},
-        "eigh": {"refresh": "eigh"},
+        **{name: {"refresh": name} for name in METHODS},
         "qr, blocks 512": {"block_size": 512},
         "qr, blocks 256": {"block_size": 256},
     }.items():
@@ -394,20 +393,11 @@ def batches_of(state: Any) -> list[tuple[jax.Array, jax.Array]]:
 
 def compiling(bench: Bench) -> Iterator[dict[str, Any]]:
     """Programs of few and many layers, refreshed in batches and leaf by leaf."""
-    from soap_optax import _refresh
-
     for layers in bench.layers:
         shape = dataclasses.replace(PRESETS[bench.preset], layers=layers)
         for name, options in {"eigh start": {}, "identity start": IDENTITY}.items():
             for in_batches in (True, False):
-                # As on a mesh where shardings are not known: no stacks, no slots.
-                with contextlib.ExitStack() as alone:
-                    for of, name_of, value in (
-                        (_refresh.Refresh, "_stacks", []),
-                        (_refresh, "_SLOTS", 1),
-                    ):
-                        if not in_batches:
-                            alone.enter_context(mock.patch.object(of, name_of, value))
+                with contextlib.nullcontext() if in_batches else leaf_by_leaf():
                     spent, program = compiled(soap(**options), shape)
                 memory = program.memory_analysis()
                 state = jax.eval_shape(
@@ -422,6 +412,16 @@ def compiling(bench: Bench) -> Iterator[dict[str, Any]]:
                     "program_mb": len(program.as_text()) / 1e6,
                     **decompositions(program),
                 }
+
+
+@contextlib.contextmanager
+def leaf_by_leaf() -> Iterator[None]:
+    """Refreshes as on a mesh where shardings are not known: no stacks, no slots."""
+    with (
+        mock.patch.object(_stacks.Refresh, "_stacks", []),
+        mock.patch.object(_stacks, "_SLOTS", 1),
+    ):
+        yield
 
 
 def precisions(bench: Bench) -> Iterator[dict[str, Any]]:
@@ -469,36 +469,28 @@ def training(bench: Bench) -> Iterator[dict[str, Any]]:
 
     shape = PRESETS[bench.preset]
     on_cpu = jax.default_backend() == "cpu"
+    dtype = jnp.float32 if on_cpu else jnp.bfloat16
     model = train_lm.Transformer(
-        shape.vocab,
-        shape.layers,
-        shape.width,
-        shape.head_dim,
-        jnp.float32 if on_cpu else jnp.bfloat16,
+        shape.vocab, shape.layers, shape.width, shape.head_dim, dtype
     )
     tokens = jnp.zeros((1, 8), jnp.int32)
     params = jax.jit(model.init)(jax.random.key(0), tokens)["params"]
     loss = lambda params, tokens: train_lm.cross_entropy(model, params, tokens)[0]  # noqa: E731
     gradient = jax.jit(jax.grad(loss))
+    refresh = "qr" if on_cpu else "cholesky_qr"
     optimizers = {
         "adamw": ROWS["adamw"](),
-        "soap f=10": soap(refresh="qr" if on_cpu else "cholesky_qr"),
-        "soap f=1": soap(
-            refresh="qr" if on_cpu else "cholesky_qr", precondition_frequency=1
-        ),
+        "soap f=10": soap(refresh=refresh),
+        "soap f=1": soap(refresh=refresh, precondition_frequency=1),
     }
     cost = {name: optimizer_seconds(tx, params) for name, tx in optimizers.items()}
-    matrices = [p.shape for p in jax.tree.leaves(params) if p.ndim == 2]
-    size = sum(m * n for m, n in matrices)
-    sides = sum(m * n * sum(x for x in (m, n) if x <= 10_000) for m, n in matrices)
     for batch in bench.batches:
         tokens = jax.random.randint(
             jax.random.key(1), (batch, bench.sequence + 1), 0, shape.vocab
         )
         jax.block_until_ready(gradient(params, tokens))
-        spent = float(
-            np.median([seconds(gradient, params, tokens)[0] for _ in range(3)])
-        )
+        times = [seconds(gradient, params, tokens)[0] for _ in range(3)]
+        spent = float(np.median(times))
         count = batch * bench.sequence
         base = spent + cost["adamw"]
         yield {
@@ -510,9 +502,19 @@ def training(bench: Bench) -> Iterator[dict[str, Any]]:
                 for name in cost
                 if name != "adamw"
             },
-            # 6 products of m n (m + n), and 6 m n a token of the gradient.
-            "products over gradient": 6 * sides / (6 * size * count),
+            "products over gradient": products_over_gradient(params, count),
         }
+
+
+def products_over_gradient(params: Tree, tokens: int) -> float:
+    """The operations of SOAP's products over those of the gradient of so many tokens.
+
+    They are 6 products of m n (m + n), and 6 m n for each token of the gradient.
+    """
+    matrices = [p.shape for p in jax.tree.leaves(params) if p.ndim == 2]
+    size = sum(m * n for m, n in matrices)
+    sides = sum(m * n * sum(x for x in (m, n) if x <= 10_000) for m, n in matrices)
+    return 6 * sides / (6 * size * tokens)
 
 
 def optimizer_seconds(tx: optax.GradientTransformation, params: Tree) -> float:

@@ -66,7 +66,9 @@ PRESETS = {
     "360m": Preset(24, 1024, 64, context=1024, batch=2048, steps=3200, warmup=600),
     "660m": Preset(24, 1408, 64, context=1024, batch=2048, steps=3200, warmup=600),
     "llama-8b": Preset(
-        *(32, 4096, 128),
+        32,
+        4096,
+        128,
         context=8192,
         batch=512,
         steps=100_000,
@@ -372,7 +374,12 @@ class Transformer(nn.Module):
         x = split(jnp.take(table, tokens, axis=0), self.mesh, BATCH_AXES)
         kind = nn.remat(Block, prevent_cse=not self.scan) if self.remat else Block
         block = functools.partial(
-            *(kind, self.head_dim, self.dtype, self.kv_heads, self.mlp, self.gated),
+            kind,
+            self.head_dim,
+            self.dtype,
+            self.kv_heads,
+            self.mlp,
+            self.gated,
             mesh=self.mesh,
         )
         if self.scan:
@@ -396,7 +403,10 @@ class Transformer(nn.Module):
 def make_model(config: Config, mesh: Mesh | None = None) -> Transformer:
     preset = PRESETS[config.preset]
     return Transformer(
-        *(config.vocab, preset.depth, preset.width, preset.head_dim),
+        config.vocab,
+        preset.depth,
+        preset.width,
+        preset.head_dim,
         dtype=jnp.bfloat16 if config.bf16 else jnp.float32,
         kv_heads=preset.kv_heads,
         mlp=preset.mlp,
@@ -515,18 +525,19 @@ def make_optimizer(
     return optax.chain(clip, make_unclipped(config, mesh))
 
 
-def make_unclipped(
-    config: Config, mesh: Mesh | None = None
-) -> optax.GradientTransformation:
-    schedule = optax.warmup_cosine_decay_schedule(
+def make_schedule(config: Config) -> optax.Schedule:
+    return optax.warmup_cosine_decay_schedule(
         0.0,
         config.learning_rate,
         config.warmup,
         max(config.steps, config.warmup + 1),
         end_value=0.1 * config.learning_rate,
     )
-    decay = {"weight_decay": config.weight_decay}
-    eigenbasis = {
+
+
+def eigenbasis_options(config: Config, mesh: Mesh | None) -> dict[str, Any]:
+    """The options that SOAP and Shampoo share."""
+    return {
         "precondition_frequency": config.precondition_frequency,
         "initial_basis": config.initial_basis,
         "block_size": config.block_size,
@@ -537,6 +548,14 @@ def make_unclipped(
         "rcond": config.rcond,
         "params_sharding": mesh and functools.partial(param_shardings, mesh),
     }
+
+
+def make_unclipped(
+    config: Config, mesh: Mesh | None = None
+) -> optax.GradientTransformation:
+    schedule = make_schedule(config)
+    decay = {"weight_decay": config.weight_decay}
+    eigenbasis = eigenbasis_options(config, mesh)
     if config.optimizer == "soap":
         return soap_optax.soap(
             schedule,
@@ -652,6 +671,18 @@ class Row:
     rotation: float = float("nan")
     skipped: float = float("nan")
 
+    def summary(self) -> str:
+        """The figures for a line of progress, those of eigenbases if there are any."""
+        shown = {
+            "loss": f"{self.train_loss:.3f}",
+            "validation": f"{self.validation_loss:.3f}",
+            "tokens_per_s": f"{self.tokens_per_second:.0f}",
+        }
+        for name in ("condition", "off_diagonal", "rotation", "skipped"):
+            if not np.isnan(value := getattr(self, name)):
+                shown[name] = f"{value:.2g}"
+        return ", ".join(f"{name}={text}" for name, text in shown.items())
+
 
 @jax.jit
 def diagnose(opt_state: optax.OptState) -> dict[str, jax.Array]:
@@ -706,23 +737,9 @@ def train(
     manager, state, seconds = open_checkpoints(config, make_state(config, model))
     step_fn = jit_step(config, model, state)
     step_fn = step_fn.lower(state, on_mesh(corpus.micro_batches(0), mesh)).compile()
-    eval_fn = jax.jit(lambda params, tokens: cross_entropy(model, params, tokens)[0])
-    eval_size = -(-min(config.batch, 128) // config.shards) * config.shards
-    eval_set = [
-        on_mesh(corpus.batch(i, eval_size, validation=True), mesh)
-        for i in range(config.eval_batches)
-    ]
-    jax.block_until_ready(eval_fn(state.params, eval_set[0]))
-
-    first = int(state.step)
-    progress = tqdm(
-        range(first, config.steps),
-        initial=first,
-        total=config.steps,
-        desc=config.optimizer,
-        file=sys.stderr,
-        disable=jax.process_index() > 0,
-    )
+    validate = make_validation(config, model, corpus, mesh)
+    validate(state)  # It compiles before the clock runs.
+    progress = progress_bar(config, int(state.step))
     losses: list[jax.Array] = []
     seconds_before = seconds
     since = clock()
@@ -738,29 +755,47 @@ def train(
         seconds += clock() - since
         if evaluate:
             trained = len(losses) * config.batch * config.context
-            validation = [eval_fn(state.params, tokens) for tokens in eval_set]
-            bases = describe_bases(config, state)
             row = Row(
                 step=done,
                 seconds=round(seconds, 3),
                 train_loss=float(np.mean(losses)),
-                validation_loss=float(np.mean(validation)),
+                validation_loss=validate(state),
                 tokens_per_second=round(trained / (seconds - seconds_before), 1),
-                **bases,
+                **describe_bases(config, state),
             )
             losses, seconds_before = [], seconds
-            progress.set_postfix(
-                loss=f"{row.train_loss:.3f}",
-                validation=f"{row.validation_loss:.3f}",
-                tokens_per_s=f"{row.tokens_per_second:.0f}",
-                **{name: f"{value:.2g}" for name, value in bases.items()},
-            )
+            progress.set_postfix_str(row.summary())
             yield row
         if manager and checkpoint:
             save(manager, state, seconds)
         since = clock()
     if manager:
         manager.wait_until_finished()
+
+
+def make_validation(
+    config: Config, model: Transformer, corpus: Corpus, mesh: Mesh | None
+) -> Callable[[TrainState], float]:
+    """A function that gives the mean cross-entropy on the validation batches."""
+    eval_fn = jax.jit(lambda params, tokens: cross_entropy(model, params, tokens)[0])
+    size = -(-min(config.batch, 128) // config.shards) * config.shards
+    batches = [
+        on_mesh(corpus.batch(i, size, validation=True), mesh)
+        for i in range(config.eval_batches)
+    ]
+    return lambda state: float(np.mean([eval_fn(state.params, b) for b in batches]))
+
+
+def progress_bar(config: Config, first: int) -> Any:
+    """The numbers of the steps to take, shown by the first process."""
+    return tqdm(
+        range(first, config.steps),
+        initial=first,
+        total=config.steps,
+        desc=config.optimizer,
+        file=sys.stderr,
+        disable=jax.process_index() > 0,
+    )
 
 
 def saved_part(state: TrainState, seconds: float) -> dict[str, Any]:

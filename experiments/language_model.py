@@ -206,7 +206,8 @@ def plot_curves(found: list[Curve], path: Path) -> None:
         for curve in found:
             optimizer, is_first = curve.config.optimizer, curve.config.seed == 0
             axis.plot(
-                *(getattr(curve, field), curve.losses),
+                getattr(curve, field),
+                curve.losses,
                 color=COLORS[optimizer],
                 linewidth=1,
                 label=LABELS[optimizer] if is_first else None,
@@ -250,6 +251,10 @@ def frequency(experiment: Experiment) -> None:
     ]
     report(rows, experiment.out / "frequency.csv")
     [adamw] = curves(experiment, [configs["adamw"]])
+    plot_frequency(found, adamw.losses[-1], experiment.out / "frequency.png")
+
+
+def plot_frequency(found: list[Curve], adamw: float, path: Path) -> None:
     figure, axis = plt.subplots(figsize=(6, 4))
     for optimizer in ("shampoo", "soap"):
         mine = [c for c in found if c.config.optimizer == optimizer]
@@ -260,7 +265,7 @@ def frequency(experiment: Experiment) -> None:
             color=COLORS[optimizer],
             label=LABELS[optimizer],
         )
-    axis.axhline(adamw.losses[-1], color=COLORS["adamw"], linestyle=":", label="AdamW")
+    axis.axhline(adamw, color=COLORS["adamw"], linestyle=":", label="AdamW")
     axis.set(
         xscale="log",
         xlabel="precondition_frequency (steps)",
@@ -270,7 +275,7 @@ def frequency(experiment: Experiment) -> None:
     axis.minorticks_off()
     axis.grid(alpha=0.3)
     axis.legend()
-    save(figure, experiment.out / "frequency.png")
+    save(figure, path)
 
 
 # --- batch size ----------------------------------------------------------------------
@@ -309,13 +314,16 @@ def batch_size(experiment: Experiment) -> None:
         for curve in found
     ]
     report(rows, experiment.out / "batch_size.csv")
+    plot_batch_size(rows, target, experiment.out / "batch_size.png")
+
+
+def plot_batch_size(rows: list[dict[str, Any]], target: float, path: Path) -> None:
     figure, axis = plt.subplots(figsize=(6, 4))
     for optimizer in ("adamw", "soap"):
         mine = [row for row in rows if row["optimizer"] == LABELS[optimizer]]
         steps = [row["steps to target"] for row in mine]
-        axis.plot(
-            *(BATCHES, steps, "o-"), color=COLORS[optimizer], label=LABELS[optimizer]
-        )
+        color, label = COLORS[optimizer], LABELS[optimizer]
+        axis.plot(BATCHES, steps, "o-", color=color, label=label)
     ideal = [rows[0]["steps to target"] * BATCHES[0] / batch for batch in BATCHES]
     axis.plot(BATCHES, ideal, "k:", linewidth=0.8, label="as many tokens")
     axis.set(
@@ -329,7 +337,7 @@ def batch_size(experiment: Experiment) -> None:
     axis.minorticks_off()
     axis.grid(alpha=0.3)
     axis.legend()
-    save(figure, experiment.out / "batch_size.png")
+    save(figure, path)
 
 
 # --- ablations -----------------------------------------------------------------------

@@ -292,8 +292,9 @@ def summary(job: Job, run: list[dict[str, str]]) -> Row:
 
 def plot(jobs: list[Job], runs: Runs, path: Path) -> None:
     """Errors against steps and seconds, a row for each problem."""
+    count = len(PROBLEMS)
     figure, panels = plt.subplots(
-        *(len(PROBLEMS), 2), figsize=(10, 3.5 * len(PROBLEMS)), layout="constrained"
+        count, 2, figsize=(10, 3.5 * count), layout="constrained"
     )
     colors = dict(zip(OPTIMIZERS, ("C7", "C3"), strict=True))
     for row, problem in zip(panels, PROBLEMS, strict=True):

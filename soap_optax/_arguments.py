@@ -1,47 +1,81 @@
-"""Checks of public arguments: one rule, one style of error."""
+"""Rules for public arguments, and one style of error.
 
+A *rule* is a function of an argument's name and value. If the value breaks the rule, it
+raises a `ValueError` that names the argument, the rule and the value.
+"""
+
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+Rule = Callable[[str, Any], None]
+
 
 def require(name: str, value: Any, rule: str, holds: bool) -> None:
-    """Raises a `ValueError` naming argument, rule and value unless the rule holds."""
+    """Raises a `ValueError` with argument, rule and value unless the rule holds."""
     if not holds:
         raise ValueError(f"{name} must be {rule}, got {value!r}")
 
 
-def require_number(name: str, value: Any, low: float, below: float) -> None:
-    """Requires a number in [low, below). Traced values pass."""
+def check(**arguments: tuple[Any, Rule]) -> None:
+    """Checks each named argument, given as a pair of its value and its rule."""
+    for name, (value, rule) in arguments.items():
+        rule(name, value)
+
+
+def optional(rule: Rule) -> Rule:
+    """A rule that None fulfils, and every value that fulfils `rule`."""
+
+    def check_unless_none(name: str, value: Any) -> None:
+        if value is not None:
+            rule(name, value)
+
+    return check_unless_none
+
+
+def or_schedule(rule: Rule) -> Rule:
+    """A rule that every callable fulfils, and every value that fulfils `rule`."""
+
+    def check_unless_callable(name: str, value: Any) -> None:
+        if not callable(value):
+            rule(name, value)
+
+    return check_unless_callable
+
+
+def _is_number(value: Any) -> bool:
+    kinds = (int, float, np.generic, np.ndarray, jax.Array)
+    is_number = isinstance(value, kinds) and not isinstance(value, bool)
+    return is_number and np.ndim(value) == 0
+
+
+def number(low: float, below: float = np.inf) -> Rule:
+    """A rule for finite numbers in [low, below). Traced values pass."""
+
+    def check_number(name: str, value: Any) -> None:
+        if isinstance(value, jax.core.Tracer):
+            return
+        least = "" if low == -np.inf else f", at least {low:g}"
+        most = "" if below == np.inf else f" and below {below:g}"
+        holds = _is_number(value) and -np.inf < value < np.inf and low <= value < below
+        require(name, value, f"a finite number{least}{most}", bool(holds))
+
+    return check_number
+
+
+def positive(name: str, value: Any) -> None:
+    """A rule for finite numbers above 0. Traced values pass."""
     if isinstance(value, jax.core.Tracer):
         return
-    is_number = isinstance(value, (int, float, np.generic, np.ndarray, jax.Array))
-    number = is_number and not isinstance(value, bool) and np.ndim(value) == 0
-    top = "" if below == np.inf else f" and below {below:g}"
-    rule = f"a finite number, at least {low:g}{top}"
-    require(name, value, rule, bool(number and low <= value < below))
-
-
-def require_positive(name: str, value: Any) -> None:
-    """Requires a finite number above 0. Traced values pass."""
-    try:
-        require_number(name, value, 0, np.inf)
-        holds = isinstance(value, jax.core.Tracer) or value > 0
-    except ValueError:
-        holds = False
+    holds = _is_number(value) and 0 < value < np.inf
     require(name, value, "a finite number above 0", bool(holds))
 
 
-def require_number_or_schedule(name: str, value: Any, low: float, below: float) -> None:
-    """Requires a number in [low, below) or a callable."""
-    if not callable(value):
-        require_number(name, value, low, below)
-
-
-def require_static(name: str, value: Any) -> None:
-    """Requires that `value` is not an array, as `optax.inject_hyperparams` makes it."""
+def static(name: str, value: Any) -> None:
+    """A rule against arrays, which `optax.inject_hyperparams` makes of numbers."""
     if isinstance(value, jax.Array):
         raise ValueError(
             f"{name} must be static, because it fixes shapes or dtypes, got an array; "
@@ -50,24 +84,46 @@ def require_static(name: str, value: Any) -> None:
         )
 
 
-def require_int(name: str, value: Any, low: int) -> None:
-    """Requires a static integer of at least `low`."""
-    require_static(name, value)
-    require_traceable_int(name, value, low)
+def integer(low: int) -> Rule:
+    """A rule for static integers of at least `low`."""
+
+    def check_integer(name: str, value: Any) -> None:
+        static(name, value)
+        traceable_integer(low)(name, value)
+
+    return check_integer
 
 
-def require_traceable_int(name: str, value: Any, low: int) -> None:
-    """Requires an integer of at least `low`. Traced values pass."""
-    if isinstance(value, jax.core.Tracer):
-        return
-    if isinstance(value, jax.Array) and jnp.issubdtype(value.dtype, jnp.integer):
-        value = int(value)
-    integer = isinstance(value, (int, np.integer)) and not isinstance(value, bool)
-    require(name, value, f"an integer of at least {low}", integer and value >= low)
+def traceable_integer(low: int) -> Rule:
+    """A rule for integers of at least `low`. Traced values pass."""
+
+    def check_integer(name: str, value: Any) -> None:
+        if isinstance(value, jax.core.Tracer):
+            return
+        if isinstance(value, jax.Array) and jnp.issubdtype(value.dtype, jnp.integer):
+            value = int(value)
+        is_integer = isinstance(value, (int, np.integer))
+        holds = is_integer and not isinstance(value, bool) and value >= low
+        require(name, value, f"an integer of at least {low}", holds)
+
+    return check_integer
 
 
-def require_precision(name: str, value: Any) -> None:
-    """Requires what JAX takes for the precision of a matrix product."""
+def choice(*choices: Any) -> Rule:
+    """A rule for values that are one of `choices`."""
+
+    def check_choice(name: str, value: Any) -> None:
+        listed = " or ".join(repr(choice) for choice in choices)
+        require(name, value, listed, any(value is c or value == c for c in choices))
+
+    return check_choice
+
+
+flag = choice(True, False)
+
+
+def precision(name: str, value: Any) -> None:
+    """A rule for what JAX takes as the precision of a matrix product."""
     matrix = jax.ShapeDtypeStruct((1, 1), jnp.float32)
     try:
         jax.eval_shape(lambda x: jnp.matmul(x, x, precision=value), matrix)
@@ -75,19 +131,19 @@ def require_precision(name: str, value: Any) -> None:
         require(name, value, "a precision of jax.numpy.matmul", False)
 
 
-def require_choice(name: str, value: Any, choices: tuple[Any, ...]) -> None:
-    """Requires one of `choices`."""
-    listed = " or ".join(repr(choice) for choice in choices)
-    require(name, value, listed, any(value is c or value == c for c in choices))
-
-
-def require_dtype(name: str, value: Any) -> None:
-    """Requires None or a real floating-point dtype."""
-    require_static(name, value)
-    if value is None:
-        return
+def floating_dtype(name: str, value: Any) -> None:
+    """A rule for real floating-point dtypes. Arrays break it."""
+    static(name, value)
     try:
         floating = jnp.issubdtype(value, jnp.floating)
     except TypeError:
         floating = False
     require(name, value, "None or a floating-point dtype", floating)
+
+
+def tree_of_dimension_numbers(name: str, value: Any) -> None:
+    """A rule for what may hold dimension numbers, before the parameters are known."""
+    static(name, value)
+    is_tree = not isinstance(value, (str, int, float))
+    rule = "dimension numbers, a tree of them, a callable or None"
+    require(name, value, rule, is_tree)

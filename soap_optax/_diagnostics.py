@@ -6,8 +6,10 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from soap_optax import _arguments, _kronecker, _refresh
-from soap_optax._eigenbasis import EigenbasisState
+from soap_optax import _arguments
+from soap_optax._state import EigenbasisState
+from soap_optax.mesh import _mesh
+from soap_optax.refresh import _methods, _stacks
 
 
 class Diagnostics(NamedTuple):
@@ -63,9 +65,13 @@ def diagnostics(
         diagnose = functools.partial(
             _diagnose, refreshes=_array(one.refreshes), precision=precision
         )
+        if not isinstance(one.factors, (dict, tuple, list)):
+            continue  # A transformation of no parameter has a scalar there.
         figures = jax.tree.map(
             diagnose,
-            *(one.factors, one.eigenbases, one.skipped),
+            one.factors,
+            one.eigenbases,
+            one.skipped,
             is_leaf=lambda node: not isinstance(node, (dict, tuple, list, type(None))),
         )
         merged = _merge(merged, figures)
@@ -88,11 +94,11 @@ def _eigenbasis_states(state: Any) -> list[EigenbasisState]:
 def _diagnose(*of_factor: Any, refreshes: jax.Array, precision: Any) -> Diagnostics:
     """The figures of one factor, from it and what belongs to it in the state."""
     factor, eigenbasis, skipped = (_array(x) for x in of_factor)
-    factor, eigenbasis = _kronecker.whole(factor), _kronecker.whole(eigenbasis)
-    condition, off_diagonal = _kronecker.quality(factor, eigenbasis, precision)
-    method = _refresh.Method("qr", precision=precision)
-    refreshed = _refresh.refresh_one(factor, eigenbasis, method)
-    angles = _kronecker.angles(eigenbasis, refreshed.eigenbases)
+    factor, eigenbasis = map(_mesh.with_whole_rows, (factor, eigenbasis))
+    condition, off_diagonal = _methods.quality(factor, eigenbasis, precision)
+    method, request = _methods.QR(), _methods.Request(precision=precision)
+    refreshed = _stacks.refresh_one(factor, eigenbasis, method, request)
+    angles = _methods.angles(eigenbasis, refreshed.eigenbases)
     figures = Diagnostics(
         condition=condition,
         off_diagonal=off_diagonal,

@@ -1,4 +1,8 @@
-"""Adam with a second moment of rank one, as Adafactor's: for factorized SOAP."""
+"""Inner transformations that know where they run.
+
+They are made in each step, from the plans of the parameters and the eigenvalues of the
+factors, as `soap_optax._eigenbasis.Inner` says.
+"""
 
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -7,7 +11,10 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from soap_optax import _kronecker, _sharding, _tree
+from soap_optax import _kronecker
+from soap_optax.mesh import _mesh, _placement
+from soap_optax.parameters import _tree
+from soap_optax.parameters._tree import Leaf
 
 
 class FactorizedAdamState(NamedTuple):
@@ -27,32 +34,39 @@ class FactorizedAdamState(NamedTuple):
 
 
 def scale_by_factorized_adam(
-    leaves: Sequence[_tree.Leaf],
+    leaves: Sequence[Leaf],
+    eigenvalues: Any,
+    *,
     b1: jax.typing.ArrayLike,
     b2: jax.typing.ArrayLike,
     eps: jax.typing.ArrayLike,
+    eps_root: jax.typing.ArrayLike,
+    mu_dtype: jax.typing.DTypeLike | None,
+    nesterov: bool,
 ) -> optax.GradientTransformationExtraArgs:
     """`optax.scale_by_adam` with second moments of rank one in each block.
 
-    Of the parameters, planned in `leaves`, that have a factor. Their entry at (i, j) of
-    a block is estimated by r_i c_j / mean(r) from the means r and c of its rows and
-    columns. See Shazeer & Stern, "Adafactor: Adaptive Learning Rates with Sublinear
-    Memory Cost", https://arxiv.org/abs/1804.04235.
+    This holds for the parameters, planned in `leaves`, that have a factor. The second
+    moment at (i, j) of a block is estimated by r_i c_j / mean(r) from the means r and c
+    of its rows and columns. See Shazeer & Stern, "Adafactor: Adaptive Learning Rates
+    with Sublinear Memory Cost", https://arxiv.org/abs/1804.04235.
     """
+    del eigenvalues
 
-    def squares(array: jax.Array, leaf: _tree.Leaf) -> list[jax.Array]:
+    def scale(moment: jax.Array, means: Any, leaf: Leaf) -> jax.Array:
         if leaf.layout.has_factors:
-            array = _sharding.for_blocks(array, leaf)
-            return _kronecker.mean_squares(array, leaf.layout)
-        return [jnp.square(array)]
+            root = _kronecker.rank_one(means, moment, leaf.layout)
+        else:
+            root = jnp.sqrt(means[0])
+        if not (isinstance(eps_root, (int, float)) and eps_root == 0):
+            root = jnp.sqrt(jnp.square(root) + eps_root)
+        return moment / (root + eps)
 
     def init_fn(params: optax.Params) -> FactorizedAdamState:
-        zero = jnp.zeros([], jnp.int32)
-        zeros = optax.tree.zeros_like(params)
-        arrays = jax.tree.leaves(zeros)
-        nu = [squares(*pair) for pair in zip(arrays, leaves, strict=True)]
-        # Without leaves it is `optax.tree.map_params` that asks: one stands for all.
-        return FactorizedAdamState(zero, zeros, _tree.nest(leaves, nu) if leaves else 0)
+        mu = optax.tree.zeros_like(params, dtype=mu_dtype)
+        zeros = jax.tree.leaves(optax.tree.zeros_like(params))
+        nu = [_squares(*pair) for pair in zip(zeros, leaves, strict=True)]
+        return FactorizedAdamState(jnp.zeros([], jnp.int32), mu, _tree.nest(leaves, nu))
 
     def update_fn(
         updates: optax.Updates,
@@ -63,29 +77,118 @@ def scale_by_factorized_adam(
         del params, extra_args
         count = optax.safe_increment(state.count)
         mu = optax.tree.update_moment(updates, state.mu, b1, 1)
+        moments = _corrected_mean(mu, updates, b1, count, nesterov)
         treedef: Any
         arrays, treedef = jax.tree.flatten(updates)
-        old = _tree.find(leaves, state.nu)
-
-        def second_moments(array: Any, leaf: _tree.Leaf, old: Any) -> list[jax.Array]:
-            new = optax.tree.update_moment(squares(array, leaf), old, b2, 1)
-            if not leaf.layout.has_factors:
-                return new
-            return [_sharding.placed(mean, _sharding.of_vector(leaf)) for mean in new]
-
-        nu = [second_moments(*of) for of in zip(arrays, leaves, old, strict=True)]
-
-        def scale(moment: jax.Array, means: Any, leaf: _tree.Leaf) -> jax.Array:
-            if leaf.layout.has_factors:
-                root = _kronecker.rank_one(means, moment, leaf.layout)
-            else:
-                root = jnp.sqrt(means[0])
-            return moment / (root + eps)
-
-        moments = jax.tree.leaves(optax.tree.bias_correction(mu, b1, count))
+        old_nu = _tree.find(leaves, state.nu)
+        nu = [
+            _updated_squares(array, leaf, old, b2)
+            for array, leaf, old in zip(arrays, leaves, old_nu, strict=True)
+        ]
         corrected = optax.tree.bias_correction(nu, b2, count)
-        steps = [scale(*of) for of in zip(moments, corrected, leaves, strict=True)]
-        nested = _tree.nest(leaves, nu)
-        return treedef.unflatten(steps), FactorizedAdamState(count, mu, nested)
+        of_leaf = zip(jax.tree.leaves(moments), corrected, leaves, strict=True)
+        steps = treedef.unflatten(scale(*entry) for entry in of_leaf)
+        mu = optax.tree.cast(mu, mu_dtype)
+        return steps, FactorizedAdamState(count, mu, _tree.nest(leaves, nu))
+
+    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+def _squares(array: jax.Array, leaf: Leaf) -> list[jax.Array]:
+    """The mean squares along each axis or, without factors, all squares."""
+    if leaf.layout.has_factors:
+        array = _placement.for_blocks(array, leaf)
+        return _kronecker.mean_squares(array, leaf.layout)
+    return [jnp.square(array)]
+
+
+def _updated_squares(
+    array: jax.Array, leaf: Leaf, old: list[jax.Array], decay: jax.typing.ArrayLike
+) -> list[jax.Array]:
+    """The second moments with a gradient taken in, where the old ones lie."""
+    new = optax.tree.update_moment(_squares(array, leaf), old, decay, 1)
+    if not leaf.layout.has_factors:
+        return new
+    return [_mesh.placed(mean, _placement.of_vector(leaf)) for mean in new]
+
+
+def _corrected_mean(
+    mean: Any,
+    updates: Any,
+    decay: jax.typing.ArrayLike,
+    count: jax.Array,
+    nesterov: bool,
+) -> Any:
+    """The bias-corrected first moment, one step ahead with `nesterov`, as in optax."""
+    if not nesterov:
+        return optax.tree.bias_correction(mean, decay, count)
+    ahead = optax.tree.bias_correction(mean, decay, optax.safe_increment(count))
+    newest = optax.tree.bias_correction(updates, decay, count)
+    return jax.tree.map(lambda m, g: decay * m + (1 - decay) * g, ahead, newest)
+
+
+class ShampooRootsState(NamedTuple):
+    """State of `scale_by_shampoo_roots`.
+
+    Attributes:
+      count: steps taken, int32 scalar.
+      mu: the mean gradients, like the parameters, with `optax.MaskedNode` in the place
+        of a parameter without factors.
+    """
+
+    count: Any
+    mu: optax.Updates
+
+
+def scale_by_shampoo_roots(
+    leaves: Sequence[Leaf],
+    eigenvalues: Sequence[Any],
+    *,
+    b1: jax.typing.ArrayLike,
+    power: jax.typing.ArrayLike,
+    eps: jax.typing.ArrayLike,
+    mu_dtype: jax.typing.DTypeLike | None,
+    nesterov: bool,
+) -> optax.GradientTransformationExtraArgs:
+    """Means of gradients, multiplied by powers of the eigenvalues.
+
+    The mean of a gradient is multiplied by (e_i + eps)^-power at each index i of each
+    axis that has a factor. Parameters without factors pass as they are.
+    """
+
+    def of_factored(tree: Any) -> list[Any]:
+        """The entries of a tree, with none where there is no factor."""
+        pairs = zip(jax.tree.leaves(tree), leaves, strict=True)
+        masked = optax.MaskedNode()
+        return [x if leaf.layout.has_factors else masked for x, leaf in pairs]
+
+    def init_fn(params: optax.Params) -> ShampooRootsState:
+        zeros = of_factored(optax.tree.zeros_like(params, dtype=mu_dtype))
+        treedef: Any = jax.tree.structure(params)
+        return ShampooRootsState(jnp.zeros([], jnp.int32), treedef.unflatten(zeros))
+
+    def update_fn(
+        updates: optax.Updates,
+        state: ShampooRootsState,
+        params: optax.Params | None = None,
+        **extra_args: Any,
+    ) -> tuple[optax.Updates, ShampooRootsState]:
+        del params, extra_args
+        treedef: Any = jax.tree.structure(updates)
+        count = optax.safe_increment(state.count)
+        gradients = of_factored(updates)
+        old = treedef.flatten_up_to(state.mu)
+        mu = optax.tree.update_moment(gradients, old, b1, 1)
+        means = _corrected_mean(mu, gradients, b1, count, nesterov)
+        scaled = [
+            _kronecker.root(mean, values, leaf.layout, power, eps)
+            if leaf.layout.has_factors
+            else gradient
+            for mean, gradient, values, leaf in zip(
+                means, treedef.flatten_up_to(updates), eigenvalues, leaves, strict=True
+            )
+        ]
+        mu = treedef.unflatten(optax.tree.cast(mu, mu_dtype))
+        return treedef.unflatten(scaled), ShampooRootsState(count, mu)
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)

@@ -1,7 +1,7 @@
 """Shampoo's Kronecker factors and their eigenbases: mathematics on one parameter.
 
 For a block G with axes 1..k, unfolded along axis i into the matrix G_(i), with factor
-M_i, eigenbasis Q_i and eigenvalue estimates e_i:
+M_i, eigenbasis Q_i and eigenvalue estimates e_i, E_i the diagonal matrix of these:
 
     accumulate     M_i <- (1 - w) M_i + w G_(i) G_(i)^T
     whiten         G x_j (Q_j E_j^-1/2)^T over all j but i, accumulated by KL-SOAP
@@ -13,36 +13,30 @@ M_i, eigenbasis Q_i and eigenvalue estimates e_i:
     rank_one       the second moments of G' from their means along each axis
     clip_rms       blocks of G' scaled down to a root mean square
     graft          blocks of G' scaled to the norms of those of another array
-    power_step     M_i Q_i, whose columns are nearly multiples of those of Q_i
-    orthonormalize Q_i <- those columns, in the order of their sizes, orthonormal
     change_basis   G' x_1 (Q_1^T Q_1^new)^T ...         (into the refreshed eigenbases)
 
 Arrays have the parameter's shape; its `Layout` says which axes form a factor and how
 they are cut into blocks. Factors and eigenbases are `[grid…, b, b]`, eigenvalues
-`[grid…, b]`, one per axis; None stands for the identity. See "SOAP: Improving and
+`[grid…, b]`, one per axis; None stands for the identity. How new eigenbases are found
+is the matter of the room `refresh`. See "SOAP: Improving and
 Stabilizing Shampoo using Adam", https://arxiv.org/abs/2409.11321, Algorithms 3 and 4.
 """
 
 import math
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
-from soap_optax._layout import Layout, explicit_sharding
+from soap_optax._dtypes import at_least_float32, widest
+from soap_optax.mesh import _mesh
+from soap_optax.parameters._layout import Layout
 
 PerAxis = Sequence[jax.Array | None]
 
 # The share of the mean eigenvalue below which KL-SOAP's inverses take one no smaller.
 _KL_FLOOR = 1e-3
-
-
-def whole(matrix: jax.Array) -> jax.Array:
-    """`[grid…, b, b]`, on an explicit mesh gathered if its rows are sharded."""
-    sharding = explicit_sharding(matrix, [*range(matrix.ndim - 2), None, None])
-    return matrix if sharding is None else jax.sharding.reshard(matrix, sharding)
 
 
 def accumulate(
@@ -83,50 +77,44 @@ def whiten(
     layout: Layout,
     precision: Any,
 ) -> list[jax.Array]:
-    """For each axis i the gradient with covariance whitened along all others.
+    """For each axis i, the gradient with covariance whitened along all other axes.
 
-    G x_j (Q_j E_j^-1/2)^T / sqrt(b_j) for all j but i that have a factor. Its Gram
-    matrix along axis i is what KL-SOAP accumulates: each factor is weighted by the
+    This is G x_j (Q_j E_j^-1/2)^T / sqrt(b_j) for all j but i that have a factor. Its
+    Gram matrix along axis i is what KL-SOAP accumulates: each factor is weighted by the
     inverses of the others, as in Lin et al., https://arxiv.org/abs/2509.03378.
     """
     scales = _whitening(gradient, eigenvalues, layout)
-    whitened = []
-    for i in range(len(layout.axes)):
-        others = [None if j == i else q for j, q in enumerate(eigenbases)]
-        projected = project(gradient, others, layout, precision)
-        whitened.append(_scaled_but(i, projected, scales, layout))
-    return whitened
+
+    def one(i: int) -> jax.Array:
+        projected = project(gradient, _but(eigenbases, i), layout, precision)
+        return _scale(projected, _but(scales, i), layout)
+
+    return [one(i) for i in range(len(layout.axes))]
 
 
 def whitened_energies(
     coordinates: jax.Array, eigenvalues: PerAxis, layout: Layout
 ) -> list[jax.Array | None]:
-    """The energies along each eigenvector of what `whiten` gives for its axis."""
+    """For each axis, the energies along its eigenvectors of what `whiten` gives."""
     scales = _whitening(coordinates, eigenvalues, layout)
-    energies: list[jax.Array | None] = []
-    for i, (axis, values) in enumerate(zip(layout.axes, eigenvalues, strict=True)):
-        blocks = layout.to_blocks(_scaled_but(i, coordinates, scales, layout))
-        energies.append(None if values is None else _energy(blocks, layout, axis))
-    return energies
 
+    def one(i: int) -> jax.Array | None:
+        if eigenvalues[i] is None:
+            return None
+        whitened = _scale(coordinates, _but(scales, i), layout)
+        return _energy(layout.to_blocks(whitened), layout, layout.axes[i])
 
-def _scaled_but(
-    index: int, array: jax.Array, scales: PerAxis, layout: Layout
-) -> jax.Array:
-    """The array with each axis but one scaled."""
-    others = [None if j == index else s for j, s in enumerate(scales)]
-    return _scale(array, others, layout)
+    return [one(i) for i in range(len(layout.axes))]
 
 
 def _whitening(
     array: jax.Array, eigenvalues: PerAxis, layout: Layout
 ) -> list[jax.Array | None]:
-    """(b_j e_j)^-1/2 for each axis j with a factor, `[grid…, b]`.
+    """(b_j e_j)^-1/2 for each axis j with a factor, `[grid…, b]`; 0 where e_j is 0.
 
-    Eigenvalues below `_KL_FLOOR` of their mean count as that, because a gradient in a
-    direction that had none would make the other factors forget all before it. Where
-    nothing is known, all are the root mean square of the gradient (for k factors: the
-    k-th root of the mean square), with which all factors start alike in size.
+    Where nothing is known of an axis, its eigenvalues are taken to be the root mean
+    square of the gradient (for k factors: the k-th root of the mean square), with which
+    all factors start alike in size. With one factor there is nothing to whiten.
     """
     count = sum(values is not None for values in eigenvalues)
     if count < 2:
@@ -138,13 +126,21 @@ def _whitening(
     def one(values: jax.Array | None) -> jax.Array | None:
         if values is None:
             return None
-        values = values.astype(array.dtype)
-        mean = jnp.mean(values, axis=-1, keepdims=True)
-        floored = jnp.where(mean > 0, jnp.maximum(values, _KL_FLOOR * mean), start)
-        safe = jnp.where(floored > 0, floored, 1)
-        return jnp.where(floored > 0, (safe * values.shape[-1]) ** -0.5, 0)
+        known = _floored(values.astype(array.dtype), start)
+        safe = jnp.where(known > 0, known, 1)
+        return jnp.where(known > 0, (safe * values.shape[-1]) ** -0.5, 0)
 
     return [one(values) for values in eigenvalues]
+
+
+def _floored(eigenvalues: jax.Array, start: jax.Array) -> jax.Array:
+    """The eigenvalues, at least `_KL_FLOOR` of their mean; all `start` if they are 0.
+
+    A gradient in a direction that had none would otherwise make the other factors
+    forget all that came before it.
+    """
+    mean = jnp.mean(eigenvalues, axis=-1, keepdims=True)
+    return jnp.where(mean > 0, jnp.maximum(eigenvalues, _KL_FLOOR * mean), start)
 
 
 def bounded(array: jax.Array) -> jax.Array:
@@ -184,7 +180,7 @@ def project_and_measure(
 def project_back(
     array: jax.Array, eigenbases: PerAxis, layout: Layout, precision: Any
 ) -> jax.Array:
-    """Inverse of `project`."""
+    """Inverts `project`."""
     return _multiply(array, eigenbases, layout, precision, back=True)
 
 
@@ -242,7 +238,7 @@ def follow(
 
 
 def damp(
-    array: jax.Array, eigenvalues: PerAxis, layout: Layout, rcond: float | None
+    array: jax.Array, eigenvalues: PerAxis, layout: Layout, rcond: Any
 ) -> jax.Array:
     """Multiplies each index of an axis by r^2 / (r^2 + rcond^2), r = e / e_max.
 
@@ -262,9 +258,12 @@ def damp(
         if eigenvalue is None:
             return None
         largest = jnp.max(eigenvalue, axis=-1, keepdims=True)
-        inverse = jnp.where(eigenvalue > 0, largest / eigenvalue, jnp.inf)
-        share = 1 / (1 + (rcond * inverse) ** 2)
-        return jnp.where(largest > 0, share, 1)  # nothing is known
+        ratio = jnp.maximum(eigenvalue, 0) / jnp.where(largest > 0, largest, 1)
+        square = jnp.square(ratio)
+        total = square + jnp.square(jnp.asarray(rcond, ratio.dtype))
+        # Nothing is taken out if nothing is known, or if `rcond` is 0.
+        is_known = (largest > 0) & (total > 0)
+        return jnp.where(is_known, square / jnp.where(total > 0, total, 1), 1)
 
     return _scale(array, list(map(share, eigenvalues)), layout)
 
@@ -273,8 +272,8 @@ def root(
     array: jax.Array,
     eigenvalues: PerAxis,
     layout: Layout,
-    power: float,
-    eps: float,
+    power: Any,
+    eps: jax.typing.ArrayLike,
 ) -> jax.Array:
     """Multiplies each index of an axis by (e + eps)^-power, or by 0 if e + eps is."""
 
@@ -332,13 +331,12 @@ def clip_rms(
 ) -> jax.Array:
     """Scales the blocks whose root mean square exceeds `limit` down to it."""
     blocks = layout.to_blocks(at_least_float32(array))
-    within = [d for d in range(blocks.ndim) if d not in layout.grid]
     limit = jnp.asarray(limit, blocks.dtype)
     # Squares of this multiple of the limit are far from underflow, and farther still
     # from overflow.
     unit = 2.0**13 * float(jnp.finfo(blocks.dtype).tiny) ** 0.5
     squares = jnp.square(blocks * (unit / limit))
-    excess = jnp.sqrt(jnp.mean(squares, within, keepdims=True)) / unit
+    excess = jnp.sqrt(jnp.mean(squares, layout.within, keepdims=True)) / unit
     clipped = layout.from_blocks(blocks / jnp.maximum(excess, 1), array)
     return clipped.astype(array.dtype)
 
@@ -348,256 +346,13 @@ def graft(array: jax.Array, like: jax.Array, layout: Layout) -> jax.Array:
     blocks, others = layout.to_blocks(array), layout.to_blocks(like)
     norm, wanted = (jnp.sqrt(_energy(b, layout)) for b in (blocks, others))
     scale = jnp.where(norm > 0, wanted / jnp.where(norm > 0, norm, 1), 0)
-    within = [d for d in range(blocks.ndim) if d not in layout.grid]
-    return layout.from_blocks(blocks * jnp.expand_dims(scale, within), array)
-
-
-class PowerStep(NamedTuple):
-    """The power step M Q of a factor M and its eigenbasis Q, and its eigenvalues.
-
-    Attributes:
-      rows: M Q, transposed, over the largest Rayleigh quotient, `[..., b, b]`; where a
-        quotient is round-off, the column of Q.
-      quotients: the Rayleigh quotients of the columns of Q, over the largest, 0 where
-        they are round-off, `[..., b]`.
-      largest: of the quotients, or 1 where all are zero, `[..., 1]`.
-      off_diagonal: norm of the off-diagonal part of Q^T M Q over that of M, `[...]`.
-    """
-
-    rows: jax.Array
-    quotients: jax.Array
-    largest: jax.Array
-    off_diagonal: jax.Array
-
-
-def power_step(
-    factor: jax.Array,
-    eigenbasis: jax.Array,
-    precision: Any,
-    is_first: jax.typing.ArrayLike = False,
-) -> PowerStep:
-    """Takes the power step M Q, whose columns are nearly multiples of those of Q.
-
-    Args:
-      factor: symmetric positive semi-definite, `[..., b, b]`.
-      eigenbasis: orthonormal columns, `[..., b, b]`.
-      precision: of the product M Q.
-      is_first: whether Q is the identity, and `rows` shall be M, to be decomposed.
-    """
-    matrix, basis = at_least_float32(factor), at_least_float32(eigenbasis)
-    products = jnp.einsum("...ki,...kl->...il", basis, matrix, precision=precision)
-    basis = _transposed(basis)
-    quotients = jnp.sum(basis * products, axis=-1)
-    largest = _largest(quotients)
-    quotients, products = quotients / largest, products / largest[..., None]
-    is_null = quotients <= _null_share(matrix)
-    quotients = jnp.where(is_null, 0, quotients)
-    norm = _norm(products)
-    residual = _norm(products - quotients[..., None] * basis)
-    return PowerStep(
-        rows=jnp.where(is_null[..., None] & ~jnp.asarray(is_first), basis, products),
-        quotients=quotients,
-        largest=largest,
-        off_diagonal=residual / jnp.where(norm > 0, norm, 1),
-    )
-
-
-def orthonormalize(
-    rows: jax.Array,
-    quotients: jax.Array,
-    wanted: jax.Array,
-    *,
-    by_cholesky: bool,
-    decomposed: jax.Array | bool = False,
-) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Makes rows `[n, ..., b, b]` orthonormal, in the order of descending quotients.
-
-    They come back where they stood: a coordinate keeps its identity, and statistics
-    that are kept per coordinate stay valid.
-
-    Args:
-      rows: those of a `PowerStep`.
-      quotients: its quotients.
-      wanted: which of the matrices are, `[...]`; of the others comes anything.
-      by_cholesky: whether by Cholesky's method, in place of Householder's, but for
-        those of the `n` of which a matrix fails.
-      decomposed: whether the rows are the factor M, and its eigenvectors, in the order
-        of their eigenvalues, are wanted.
-
-    Returns:
-      The orthonormal rows, the size of the part of each that is orthogonal to those
-      before it, `[..., b]`, 0 where that is round-off, and which matrices are
-      orthonormal, up to round-off, `[...]`.
-    """
-    order = jnp.argsort(quotients, axis=-1, descending=True)
-    operands = (rows, quotients, order)
-    if decomposed is False:
-        ordered, is_null = _sorted(*operands)
-    elif decomposed is True:
-        ordered, is_null = _eigenvectors(*operands)
-    else:
-        ordered, is_null = jax.lax.cond(decomposed, _eigenvectors, _sorted, *operands)
-    if by_cholesky:
-        ordered, sizes = _cholesky_or_householder(ordered, wanted)
-    else:
-        ordered, sizes = _householder(ordered)
-    place = jnp.argsort(order, axis=-1)
-    sizes = jnp.take_along_axis(jnp.where(is_null, 0, sizes), place, axis=-1)
-    return _take_rows(ordered, place), sizes, is_orthonormal(ordered)
-
-
-def _sorted(
-    rows: jax.Array, quotients: jax.Array, order: jax.Array
-) -> tuple[jax.Array, jax.Array]:
-    """Rows in an order, and whether their quotients are 0."""
-    return _take_rows(rows, order), jnp.take_along_axis(quotients, order, axis=-1) <= 0
-
-
-def _eigenvectors(
-    matrix: jax.Array, _: jax.Array, order: jax.Array
-) -> tuple[jax.Array, jax.Array]:
-    """Eigenvectors as rows, times their eigenvalues, in descending order.
-
-    Numerically null ones, which would be chosen by round-off, are left to those of the
-    identity that will stand in their place.
-    """
-    values, vectors = (x[..., ::-1] for x in jnp.linalg.eigh(matrix))
-    is_null = values <= _null_share(matrix) * values[..., :1]
-    columns = jnp.arange(order.shape[-1], dtype=order.dtype)
-    columns = jnp.broadcast_to(columns, matrix.shape)
-    identity = (order[..., None] == columns).astype(matrix.dtype)
-    rows = _transposed(vectors) * values[..., None]
-    return jnp.where(is_null[..., None], identity, rows), is_null
-
-
-def _householder(rows: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Orthonormalizes rows by a QR decomposition; the signs keep them nearest."""
-    columns, triangle = jnp.linalg.qr(_transposed(rows))
-    sizes = jnp.diagonal(triangle, axis1=-2, axis2=-1)
-    signs = jnp.where(sizes < 0, -1, 1).astype(sizes.dtype)
-    return _transposed(columns) * signs[..., None], jnp.abs(sizes)
-
-
-def _cholesky_or_householder(
-    rows: jax.Array, wanted: jax.Array
-) -> tuple[jax.Array, jax.Array]:
-    """`_cholesky` of `[n, ...]` and, for those where it fails, `_householder`."""
-    found = _cholesky(rows)
-    failed = wanted & ~is_orthonormal(found[0])
-
-    def one(of_matrix: Any) -> tuple[jax.Array, jax.Array]:
-        failed, rows, *found = of_matrix
-        return jax.lax.cond(jnp.any(failed), _householder, lambda _: tuple(found), rows)
-
-    def fall_back(found: Any) -> Any:
-        return jax.lax.map(one, (failed, rows, *found))
-
-    return jax.lax.cond(jnp.any(failed), fall_back, lambda found: found, found)
-
-
-def _cholesky(rows: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """`_householder`, nearly always, from products of matrices: Cholesky-QR, repeated.
-
-    With the factorization X X^T = L L^T the rows of L^-1 X are orthonormal, up to
-    round-off times the squared condition number of X. While that is large, a multiple
-    of the identity is added to X X^T, so that it has a factorization: each such pass
-    divides the condition number by some hundreds. The pass after which X is
-    orthonormal up to round-off is the last. Where none is, the result is not
-    orthonormal, or not finite. See Fukaya et al., "Shifted Cholesky QR for computing
-    the QR factorization of ill-conditioned matrices", arXiv 1809.11085.
-    """
-    eps = float(jnp.finfo(rows.dtype).eps)
-    identity = jnp.broadcast_to(jnp.eye(rows.shape[-1], dtype=rows.dtype), rows.shape)
-
-    def is_far(carry: Any) -> jax.Array:
-        _, _, distance, passes = carry
-        return (passes < 6) & jnp.any(distance > 0.5)
-
-    def improve(carry: Any) -> Any:
-        rows, sizes, _, passes = carry
-        gram = jnp.matmul(rows, _transposed(rows), precision="highest")
-        distance = _norm(gram - identity)
-        shift = jnp.where(distance > 0.5, 4 * eps * _norm(gram), 0)
-        triangle = jnp.linalg.cholesky(gram + shift[..., None, None] * identity)
-        rows = jax.lax.linalg.triangular_solve(
-            triangle, rows, left_side=True, lower=True
-        )
-        sizes = sizes * jnp.diagonal(triangle, axis1=-2, axis2=-1)
-        return rows, sizes, distance, passes + 1
-
-    sizes = jnp.sqrt(jnp.sum(jnp.square(rows), axis=-1))
-    rows = rows / jnp.where(sizes > 0, sizes, 1)[..., None]
-    start = (rows, sizes, jnp.full_like(sizes[..., 0], jnp.inf), 0)
-    rows, sizes, *_ = jax.lax.while_loop(is_far, improve, start)
-    return rows, sizes
-
-
-def is_orthonormal(matrix: jax.Array) -> jax.Array:
-    """Whether the columns of each `[..., b, b]` are, up to round-off, `[...]`.
-
-    Tried on one vector v of random signs: Q^T Q v = v.
-    """
-    signs = np.random.default_rng(0).choice([-1.0, 1.0], matrix.shape[-1])
-    vector = jnp.broadcast_to(jnp.asarray(signs, matrix.dtype), matrix.shape[:-1])
-    product = jnp.einsum("...ij,...j->...i", matrix, vector, precision="highest")
-    again = jnp.einsum("...ij,...i->...j", matrix, product, precision="highest")
-    residual = again - vector
-    tolerance = 1e4 * float(jnp.finfo(matrix.dtype).eps)
-    return jnp.all(jnp.abs(residual) <= tolerance, axis=-1)
-
-
-def quality(
-    factor: jax.Array, eigenbasis: jax.Array, precision: Any
-) -> tuple[jax.Array, jax.Array]:
-    """How well conditioned a factor M is, and how well its eigenbasis diagonalizes it.
-
-    Returns:
-      Largest over smallest diagonal entry of Q^T M Q, infinite where the smallest is
-      round-off, and the norm of its off-diagonal part over that of M, both `[...]`.
-    """
-    step = power_step(factor, eigenbasis, precision)
-    low = step.quotients.min(axis=-1)
-    condition = jnp.where(low > 0, 1 / jnp.where(low > 0, low, 1), jnp.inf)
-    return condition, step.off_diagonal
-
-
-def angles(eigenbasis: jax.Array, other: jax.Array) -> jax.Array:
-    """Between the lines along the columns of two eigenbases, radians, `[..., b]`."""
-    basis, other = at_least_float32(eigenbasis), at_least_float32(other)
-    is_opposite = jnp.sum(basis * other, axis=-2, keepdims=True) < 0
-    chords = basis - jnp.where(is_opposite, -other, other)
-    lengths = jnp.sqrt(jnp.sum(jnp.square(chords), axis=-2))
-    return 2 * jnp.arcsin(jnp.minimum(lengths / 2, 1))
-
-
-def _norm(matrix: jax.Array) -> jax.Array:
-    return jnp.sqrt(jnp.sum(jnp.square(matrix), axis=(-2, -1)))
-
-
-def _largest(eigenvalues: jax.Array) -> jax.Array:
-    """The largest of each `[..., b]`, or 1 where all are zero, `[..., 1]`."""
-    largest = jnp.max(eigenvalues, axis=-1, keepdims=True)
-    return jnp.where(largest > 0, largest, 1)
-
-
-def _null_share(matrix: jax.Array) -> float:
-    """The share of the largest eigenvalue under which one is round-off."""
-    return 10 * float(jnp.finfo(matrix.dtype).eps)
-
-
-def _take_rows(matrix: jax.Array, indices: jax.Array) -> jax.Array:
-    return jnp.take_along_axis(matrix, indices[..., None], axis=-2)
-
-
-def _transposed(matrix: jax.Array) -> jax.Array:
-    return jnp.swapaxes(matrix, -2, -1)
+    return layout.from_blocks(blocks * jnp.expand_dims(scale, layout.within), array)
 
 
 def _is_finite(array: jax.Array, layout: Layout) -> jax.Array:
-    """Whether the sum of each block is finite, `[grid…]`."""
+    """Says of each block whether its sum is finite, `[grid…]`."""
     blocks = layout.to_blocks(array)
-    within = [d for d in range(blocks.ndim) if d not in layout.grid]
-    return jnp.isfinite(jnp.sum(blocks, within))
+    return jnp.isfinite(jnp.sum(blocks, layout.within))
 
 
 def _alone(matrix: jax.Array | None, index: int, layout: Layout) -> PerAxis:
@@ -605,13 +360,19 @@ def _alone(matrix: jax.Array | None, index: int, layout: Layout) -> PerAxis:
     return [matrix if i == index else None for i in range(len(layout.axes))]
 
 
+def _but(per_axis: PerAxis, index: int) -> PerAxis:
+    """All axes but one as they are, that one with the identity."""
+    return [None if i == index else entry for i, entry in enumerate(per_axis)]
+
+
 def _where_blocks(
     mask: jax.Array, array: jax.Array, other: jax.Array, layout: Layout
 ) -> jax.Array:
     """Blocks of `array` where the mask `[grid…]` is true, else of `other`."""
     blocks = layout.to_blocks(array)
-    within = [d for d in range(blocks.ndim) if d not in layout.grid]
-    chosen = jnp.where(jnp.expand_dims(mask, within), blocks, layout.to_blocks(other))
+    chosen = jnp.where(
+        jnp.expand_dims(mask, layout.within), blocks, layout.to_blocks(other)
+    )
     return layout.from_blocks(chosen, array)
 
 
@@ -620,17 +381,9 @@ def _mean(old: jax.Array, new: jax.Array, weight: jax.typing.ArrayLike) -> jax.A
     return (1 - weight) * old + weight * new
 
 
-def _widest(*dtypes: Any) -> Any:
-    return max((jnp.dtype(d) for d in dtypes), key=lambda d: jnp.finfo(d).bits)
-
-
-def at_least_float32(array: jax.Array) -> jax.Array:
-    return array.astype(_widest(jnp.float32, array.dtype))
-
-
 def _blocks(array: jax.Array, like: jax.Array, layout: Layout) -> jax.Array:
     """The blocks of `array`, in the dtype of computing with it and `like`."""
-    dtype = _widest(jnp.float32, array.dtype, like.dtype)
+    dtype = widest(jnp.float32, array.dtype, like.dtype)
     return layout.to_blocks(array.astype(dtype))
 
 
@@ -643,9 +396,13 @@ def _energy(blocks: jax.Array, layout: Layout, axis: int | None = None) -> jax.A
     every = list(range(blocks.ndim))
     kept = [*layout.grid] if axis is None else [*layout.grid, axis]
     return jnp.einsum(
-        *(blocks, every, blocks, every, kept),
+        blocks,
+        every,
+        blocks,
+        every,
+        kept,
         precision=jax.lax.Precision.HIGHEST,
-        out_sharding=explicit_sharding(
+        out_sharding=_mesh.explicit_sharding(
             blocks, [*layout.grid] if axis is None else [*layout.grid, None]
         ),
     )
@@ -658,9 +415,13 @@ def _gram(
     rows = list(range(blocks.ndim))
     columns = [blocks.ndim if d == axis else d for d in rows]
     return jnp.einsum(
-        *(blocks, rows, blocks, columns, [*grid, axis, blocks.ndim]),
+        blocks,
+        rows,
+        blocks,
+        columns,
+        [*grid, axis, blocks.ndim],
         precision=precision,
-        out_sharding=explicit_sharding(like, range(like.ndim)),
+        out_sharding=_mesh.explicit_sharding(like, range(like.ndim)),
     )
 
 
@@ -675,11 +436,15 @@ def _multiply(
             old = list(range(blocks.ndim))
             new = [blocks.ndim if d == axis else d for d in old]
             entry = [blocks.ndim, axis] if back else [axis, blocks.ndim]
-            matrix = whole(basis).astype(blocks.dtype)
+            matrix = _mesh.with_whole_rows(basis).astype(blocks.dtype)
             blocks = jnp.einsum(
-                *(blocks, old, matrix, [*layout.grid, *entry], new),
+                blocks,
+                old,
+                matrix,
+                [*layout.grid, *entry],
+                new,
                 precision=precision,
-                out_sharding=explicit_sharding(blocks, old),
+                out_sharding=_mesh.explicit_sharding(blocks, old),
             )
             turned = layout.from_blocks(blocks, turned)
     return turned.astype(array.dtype)

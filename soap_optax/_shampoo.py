@@ -1,27 +1,29 @@
 """Shampoo, SOAP's ancestor: powers of the eigenvalues in place of Adam."""
 
+import functools
 from collections.abc import Callable
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, Unpack
 
 import jax
 import optax
 
-from soap_optax import _arguments, _kronecker, _sharding, _tree
-from soap_optax._eigenbasis import (
-    DEFAULT_MAX_PRECOND_DIM,
-    EigenbasisState,
-    Options,
-    make_transformation,
-)
-from soap_optax._soap import optimizer
+from soap_optax import _arguments, _kronecker
+from soap_optax._eigenbasis import Inner, make_transformation
+from soap_optax._factorized import scale_by_shampoo_roots
+from soap_optax._options import EigenbasisOptions, FamilyOptions, complete, takes
+from soap_optax._soap import check_adam, optimizer
+from soap_optax._state import EigenbasisState
+from soap_optax.mesh import _placement
+from soap_optax.parameters import _tree
+from soap_optax.parameters._tree import Leaf
 
 
 class ShampooState(NamedTuple):
     """State of `scale_by_shampoo`.
 
     Attributes:
-      preconditioner: factors, eigenbases, eigenvalues and the mean gradient, in the
-        coordinates of the eigenbases.
+      preconditioner: factors, eigenbases, eigenvalues and, of parameters with factors,
+        the mean gradient in the coordinates of the eigenbases.
       adam: of the parameters without factors; with grafting, of all.
     """
 
@@ -29,35 +31,22 @@ class ShampooState(NamedTuple):
     adam: optax.OptState
 
 
+@takes(FamilyOptions, refresh="eigh")
 def shampoo(
     learning_rate: optax.ScalarOrSchedule,
     b1: jax.typing.ArrayLike = 0.95,
     b2: jax.typing.ArrayLike = 0.95,
     eps: jax.typing.ArrayLike = 1e-12,
+    eps_root: jax.typing.ArrayLike = 0.0,
+    mu_dtype: jax.typing.DTypeLike | None = None,
     weight_decay: optax.ScalarOrSchedule = 0.0,
     mask: Any | Callable[[optax.Params], Any] | None = None,
     *,
+    nesterov: bool = False,
     power: jax.typing.ArrayLike = 0.4,
     grafting: Literal["adam"] | None = "adam",
     adam_eps: jax.typing.ArrayLike = 1e-8,
-    shampoo_beta: jax.typing.ArrayLike | None = None,
-    precondition_frequency: int | Callable[[jax.Array], Any] = 10,
-    max_precond_dim: int = DEFAULT_MAX_PRECOND_DIM,
-    merge_dims: bool = False,
-    precondition_1d: bool = False,
-    one_sided: bool = False,
-    block_size: int | None = None,
-    dimension_numbers: Any = None,
-    factors: Literal["shampoo", "kl"] = "shampoo",
-    refresh: Literal["qr", "cholesky_qr", "eigh"] = "eigh",
-    refresh_tolerance: jax.typing.ArrayLike | None = None,
-    stagger: bool = False,
-    initial_basis: Literal["eigh", "identity"] = "eigh",
-    mu_dtype: jax.typing.DTypeLike | None = None,
-    precond_dtype: jax.typing.DTypeLike | None = None,
-    precision: Any = jax.lax.Precision.HIGHEST,
-    rcond: float | None = None,
-    params_sharding: Any = None,
+    **options: Unpack[FamilyOptions],
 ) -> optax.GradientTransformationExtraArgs:
     r"""Shampoo, with the layouts, blocks and refreshes of `soap`.
 
@@ -74,8 +63,9 @@ def shampoo(
       \end{align*}
 
     where hats are bias corrections, and the inverse roots are those of the last of
-    every :math:`f` steps. With grafting, :math:`\gamma` gives each block the norm that
-    Adam's update would have; else it is 1, and updates of power 1/2 grow like the
+    every :math:`f` steps (with `refresh_tolerance`, their eigenvalues follow the
+    gradients at each step). With grafting, :math:`\gamma` gives each block the norm
+    that Adam's update would have; else it is 1, and updates of power 1/2 grow like the
     inverse of a shrinking gradient. Parameters without factors have Adam's. :math:`p`
     is `power`, :math:`\epsilon` is `eps`, all else as in `soap`.
 
@@ -84,6 +74,8 @@ def shampoo(
       b1: decay of the mean gradient and, in Adam, of the first moment, in [0, 1).
       b2: decay of Adam's second moment, in [0, 1).
       eps: added to the eigenvalues of the factors, at least 0.
+      eps_root: added to Adam's second moment under the root, at least 0.
+      mu_dtype: dtype of the stored mean gradient and first moment; see `soap`.
       weight_decay: see `soap`.
       mask: see `soap`.
       power: of the inverse of each factor, at least 0: 1/4 as first published for
@@ -91,6 +83,7 @@ def shampoo(
         the SOAP paper.
       grafting: `"adam"`, or None.
       adam_eps: added to the root of Adam's second moment, at least 0.
+      nesterov: whether the mean gradient and Adam's first moment look one step ahead.
       refresh: `"eigh"`, a decomposition at every refresh, or, as in `soap`, `"qr"` or
         `"cholesky_qr"`.
       factors: `"shampoo"` or, with `power` 1/2 KL-Shampoo, `"kl"`; see `soap`.
@@ -119,67 +112,38 @@ def shampoo(
       Distributed Shampoo Optimizer <https://arxiv.org/abs/2309.06497>`_, 2023, for
       epsilon.
     """
-    return optimizer(
-        scale_by_shampoo(
-            b1=b1,
-            b2=b2,
-            eps=eps,
-            power=power,
-            grafting=grafting,
-            adam_eps=adam_eps,
-            shampoo_beta=shampoo_beta,
-            precondition_frequency=precondition_frequency,
-            max_precond_dim=max_precond_dim,
-            merge_dims=merge_dims,
-            precondition_1d=precondition_1d,
-            one_sided=one_sided,
-            block_size=block_size,
-            dimension_numbers=dimension_numbers,
-            factors=factors,
-            refresh=refresh,
-            refresh_tolerance=refresh_tolerance,
-            stagger=stagger,
-            initial_basis=initial_basis,
-            mu_dtype=mu_dtype,
-            precond_dtype=precond_dtype,
-            precision=precision,
-            rcond=rcond,
-            params_sharding=params_sharding,
-        ),
-        *(learning_rate, weight_decay, mask),
+    transformation = scale_by_shampoo(
+        b1,
+        b2,
+        eps,
+        eps_root,
+        mu_dtype,
+        nesterov=nesterov,
+        power=power,
+        grafting=grafting,
+        adam_eps=adam_eps,
+        **options,
     )
+    return optimizer(transformation, learning_rate, weight_decay, mask)
 
 
+@takes(FamilyOptions, refresh="eigh")
 def scale_by_shampoo(
     b1: jax.typing.ArrayLike = 0.95,
     b2: jax.typing.ArrayLike = 0.95,
     eps: jax.typing.ArrayLike = 1e-12,
+    eps_root: jax.typing.ArrayLike = 0.0,
+    mu_dtype: jax.typing.DTypeLike | None = None,
     *,
+    nesterov: bool = False,
     power: jax.typing.ArrayLike = 0.4,
     grafting: Literal["adam"] | None = "adam",
     adam_eps: jax.typing.ArrayLike = 1e-8,
-    shampoo_beta: jax.typing.ArrayLike | None = None,
-    precondition_frequency: int | Callable[[jax.Array], Any] = 10,
-    max_precond_dim: int = DEFAULT_MAX_PRECOND_DIM,
-    merge_dims: bool = False,
-    precondition_1d: bool = False,
-    one_sided: bool = False,
-    block_size: int | None = None,
-    dimension_numbers: Any = None,
-    factors: Literal["shampoo", "kl"] = "shampoo",
-    refresh: Literal["qr", "cholesky_qr", "eigh"] = "eigh",
-    refresh_tolerance: jax.typing.ArrayLike | None = None,
-    stagger: bool = False,
-    initial_basis: Literal["eigh", "identity"] = "eigh",
-    mu_dtype: jax.typing.DTypeLike | None = None,
-    precond_dtype: jax.typing.DTypeLike | None = None,
-    precision: Any = jax.lax.Precision.HIGHEST,
-    rcond: float | None = None,
-    params_sharding: Any = None,
+    **options: Unpack[FamilyOptions],
 ) -> optax.GradientTransformationExtraArgs:
     """Rescales updates by Shampoo: a mean of gradients, scaled in the eigenbasis.
 
-    See `soap_optax.shampoo` for the algorithm, all arguments and the errors; this is
+    See `soap_optax.shampoo` for the algorithm, all arguments and the errors. This is
     its first part, without weight decay and learning rate.
 
     Returns:
@@ -192,70 +156,57 @@ def scale_by_shampoo(
       ...     optax.scale_by_learning_rate(3e-3),
       ... )
     """
-    infinity = float("inf")
-    _arguments.require_number("b1", b1, 0, 1)
-    _arguments.require_number("b2", b2, 0, 1)
-    _arguments.require_number("eps", eps, 0, infinity)
-    _arguments.require_number("power", power, 0, infinity)
-    _arguments.require_number("adam_eps", adam_eps, 0, infinity)
-    _arguments.require_choice("grafting", grafting, ("adam", None))
-    options = Options(
-        shampoo_beta=b2 if shampoo_beta is None else shampoo_beta,
-        precondition_frequency=precondition_frequency,
-        max_precond_dim=max_precond_dim,
-        merge_dims=merge_dims,
-        precondition_1d=precondition_1d,
-        one_sided=one_sided,
-        block_size=block_size,
-        dimension_numbers=dimension_numbers,
-        factors=factors,
-        basis="current",
-        refresh=refresh,
-        refresh_tolerance=refresh_tolerance,
-        stagger=stagger,
-        initial_basis=initial_basis,
+    check_adam(b1, b2, eps, eps_root, mu_dtype, nesterov)
+    _arguments.check(
+        power=(power, _arguments.number(0)),
+        adam_eps=(adam_eps, _arguments.number(0)),
+        grafting=(grafting, _arguments.choice("adam", None)),
+    )
+    if options["shampoo_beta"] is None:
+        options["shampoo_beta"] = b2
+    all_options = complete(**options, basis="current", clip_update_rms=None)
+    roots = functools.partial(
+        scale_by_shampoo_roots,
+        b1=b1,
+        power=power,
+        eps=eps,
         mu_dtype=mu_dtype,
-        precond_dtype=precond_dtype,
-        precision=precision,
-        rcond=rcond,
-        clip_update_rms=None,
-        params_sharding=params_sharding,
-        root=(power, eps),
+        nesterov=nesterov,
     )
-    mean = optax.with_extra_args_support(optax.ema(b1))
-    adam = optax.scale_by_adam(b1, b2, adam_eps, mu_dtype=mu_dtype)
-    return _grafted(
-        make_transformation(lambda _: mean, options), adam, grafting, options
-    )
+    # An eigenbasis that a tolerance keeps has no eigenvalues of a refresh.
+    follows = options["refresh_tolerance"] is not None
+    preconditioner = make_transformation(Inner(roots, follows=follows), all_options)
+    adam = optax.scale_by_adam(b1, b2, adam_eps, eps_root, mu_dtype, nesterov=nesterov)
+    return _grafted(preconditioner, adam, grafting, all_options)
 
 
 def _grafted(
     preconditioner: optax.GradientTransformationExtraArgs,
     adam: optax.GradientTransformation,
     grafting: str | None,
-    options: Options,
+    options: EigenbasisOptions,
 ) -> optax.GradientTransformationExtraArgs:
     """The preconditioner, with Adam where there are no factors, and its norms."""
 
     def has_adam(params: optax.Params) -> Any:
-        plan = options.plan(params)
+        plan = _tree.make_plan(params, options)
         return plan.treedef.unflatten(
             grafting == "adam" or not leaf.layout.has_factors for leaf in plan.leaves
         )
 
-    def combine(step: Any, adam_step: Any, leaf: _tree.Leaf) -> jax.Array:
+    def combine(step: Any, adam_step: Any, leaf: Leaf) -> jax.Array:
         if not leaf.layout.has_factors:
             return adam_step
         if grafting is None:
             return step
-        step, adam_step = (_sharding.for_blocks(s, leaf) for s in (step, adam_step))
+        step, adam_step = (_placement.for_blocks(s, leaf) for s in (step, adam_step))
         grafted = _kronecker.graft(step, adam_step, leaf.layout)
-        return _sharding.like_parameter(grafted, leaf)
+        return _placement.like_parameter(grafted, leaf)
 
     adam = optax.masked(adam, has_adam)
 
     def init_fn(params: optax.Params) -> ShampooState:
-        wide = options.plan(params).widened()
+        wide = _tree.make_plan(params, options).widened()
         return ShampooState(preconditioner.init(params), adam.init(wide))
 
     def update_fn(
@@ -264,21 +215,21 @@ def _grafted(
         params: optax.Params | None = None,
         **extra_args: Any,
     ) -> tuple[optax.Updates, ShampooState]:
-        plan = options.plan(updates)
+        plan = _tree.make_plan(updates, options)
         wide = plan.widened()
         steps, of_shampoo = preconditioner.update(
-            *(wide, state.preconditioner, params), **extra_args
+            wide, state.preconditioner, params, **extra_args
         )
         of_adam, adam_state = adam.update(wide, state.adam)
-        new_updates = [
-            combine(step, adam_step, leaf).astype(gradient.dtype)
-            for step, adam_step, leaf, gradient in zip(
-                plan.treedef.flatten_up_to(steps),
-                plan.treedef.flatten_up_to(of_adam),
-                *(plan.leaves, plan.arrays),
-                strict=True,
-            )
-        ]
+        of_leaf = zip(
+            plan.treedef.flatten_up_to(steps),
+            plan.treedef.flatten_up_to(of_adam),
+            plan.leaves,
+            strict=True,
+        )
+        combined = [combine(*entry) for entry in of_leaf]
+        pairs = zip(combined, plan.arrays, strict=True)
+        new_updates = [step.astype(gradient.dtype) for step, gradient in pairs]
         return plan.treedef.unflatten(new_updates), ShampooState(of_shampoo, adam_state)
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)

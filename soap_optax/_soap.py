@@ -2,49 +2,31 @@
 
 import functools
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any, Unpack
 
 import jax
 import optax
 
 from soap_optax import _arguments
-from soap_optax._eigenbasis import (
-    DEFAULT_MAX_PRECOND_DIM,
-    Options,
-    make_transformation,
-)
+from soap_optax._eigenbasis import Inner, make_transformation
 from soap_optax._factorized import scale_by_factorized_adam
+from soap_optax._options import EigenbasisOptions, takes
 
 
+@takes(EigenbasisOptions, clip_update_rms=10.0)
 def soap(
     learning_rate: optax.ScalarOrSchedule,
     b1: jax.typing.ArrayLike = 0.95,
     b2: jax.typing.ArrayLike = 0.95,
     eps: jax.typing.ArrayLike = 1e-8,
+    eps_root: jax.typing.ArrayLike = 0.0,
+    mu_dtype: jax.typing.DTypeLike | None = None,
     weight_decay: optax.ScalarOrSchedule = 0.0,
     mask: Any | Callable[[optax.Params], Any] | None = None,
     *,
-    shampoo_beta: jax.typing.ArrayLike | None = None,
-    precondition_frequency: int | Callable[[jax.Array], Any] = 10,
-    max_precond_dim: int = DEFAULT_MAX_PRECOND_DIM,
-    merge_dims: bool = False,
-    precondition_1d: bool = False,
-    one_sided: bool = False,
+    nesterov: bool = False,
     factorized: bool = False,
-    block_size: int | None = None,
-    dimension_numbers: Any = None,
-    factors: Literal["shampoo", "kl"] = "shampoo",
-    basis: Literal["previous", "current"] = "previous",
-    refresh: Literal["qr", "cholesky_qr", "eigh"] = "qr",
-    refresh_tolerance: jax.typing.ArrayLike | None = None,
-    stagger: bool = False,
-    initial_basis: Literal["eigh", "identity"] = "eigh",
-    mu_dtype: jax.typing.DTypeLike | None = None,
-    precond_dtype: jax.typing.DTypeLike | None = None,
-    precision: Any = jax.lax.Precision.HIGHEST,
-    rcond: float | None = None,
-    clip_update_rms: jax.typing.ArrayLike | None = 10.0,
-    params_sharding: Any = None,
+    **options: Unpack[EigenbasisOptions],
 ) -> optax.GradientTransformationExtraArgs:
     r"""SOAP: Adam in the slowly turning eigenbasis of Shampoo's preconditioner.
 
@@ -69,27 +51,34 @@ def soap(
     :math:`\beta_s` is `shampoo_beta`, :math:`f` is `precondition_frequency`; hats are
     bias corrections. A k-dimensional parameter has a factor and an eigenbasis per axis.
 
-    Like `optax.adamw`, and with its arguments; start with the learning rate 3e-3.
+    It takes the arguments of `optax.adamw` in their order, and options by name. A good
+    learning rate to start with is 3e-3.
 
     Args:
-      learning_rate: step size, at least 0, or a schedule of the step count.
+      learning_rate: step size, or a schedule of the step count. With a negative one
+        the loss is ascended, as in optax.
       b1: decay of the first moment, in [0, 1).
       b2: decay of the second moment, in [0, 1).
       eps: added to the root of the second moment, at least 0. (The authors add it
         before bias correction, optax and this library after.)
+      eps_root: added to the second moment under the root, at least 0.
+      mu_dtype: dtype of the stored first moment; None: that of the computation, float32
+        (float64 for float64 parameters).
       weight_decay: strength of decoupled weight decay, at least 0, or a schedule.
       mask: tree of bools like the parameters, or a callable making it from them: which
         parameters decay.
+      nesterov: whether the first moment looks one step ahead, as in `optax.adamw`.
+      factorized: whether the second moment of each block has rank one, as Adafactor's,
+        kept as the means of its rows and columns: saves the memory of a parameter.
       shampoo_beta: decay of the factors, in [0, 1); None means `b2`.
       precondition_frequency: steps from one refresh to the next, a positive integer, or
         a schedule `count -> int`; a refresh is due when it divides the count.
-      max_precond_dim: an axis (of a block) longer than this keeps the identity.
+      max_precond_dim: an axis (of a block) longer than this keeps the identity. None
+        means 10 000, as published.
       merge_dims: merge adjacent axes while their product is at most `max_precond_dim`,
         as for convolution kernels.
       precondition_1d: whether vectors have a factor, too.
       one_sided: rotate only the smallest axis (of a block), the first of equals.
-      factorized: whether the second moment of each block has rank one, as Adafactor's,
-        kept as the means of its rows and columns: saves the memory of a parameter.
       block_size: upper bound of a block's sides, at least 2: an axis is cut into equal
         blocks of its largest divisor up to this, and each block of the parameter is
         preconditioned as a parameter of its own. An axis with no such divisor of at
@@ -107,10 +96,11 @@ def soap(
         gradients before it, and the first step only builds the basis (its update is
         zero but for weight decay). `"current"`: factors, bias-corrected, and basis take
         in each gradient before it is rotated, and the first step is a real one.
-      refresh: `"qr"`, as published, one power step and a QR decomposition;
-        `"cholesky_qr"`, the same up to round-off from products of matrices, for GPU and
-        TPU (where it fails, the QR decomposition follows); or `"eigh"`, a decomposition
-        at every refresh.
+      refresh: a `soap_optax.RefreshMethod`, or a name: `"qr"` for `soap_optax.QR()`, as
+        published, one power step and a QR decomposition; `"cholesky_qr"` for
+        `soap_optax.CholeskyQR()`, which gives equal results, up to round-off, from
+        products of matrices, for GPU and TPU (where it fails, the QR decomposition
+        follows); or `"eigh"` for `soap_optax.Eigh()`, a decomposition at every refresh.
       refresh_tolerance: in [0, 1), skip the refresh of an eigenbasis Q of a factor M
         while the norm of the off-diagonal part of Q^T M Q is at most this share of the
         norm of M, as in arXiv 2506.03595. None: skip none.
@@ -119,9 +109,8 @@ def soap(
         first step. `precondition_frequency` must be an integer then, and static.
       initial_basis: `"eigh"`, as published, or `"identity"`: the first step refreshes
         the identity by `refresh`, so that with `"qr"` no `eigh` is in the program.
-      mu_dtype: dtype of the stored first moment; None: that of the computation, float32
-        (float64 for float64 parameters).
-      precond_dtype: dtype of the stored factors and eigenbases; None: as above.
+      precond_dtype: dtype of the stored factors and eigenbases; None: that of the
+        computation.
       precision: of the matrix products. Less than the default can make Rayleigh
         quotients useless.
       rcond: share of a factor's largest eigenvalue under which a direction counts as
@@ -144,6 +133,7 @@ def soap(
       An `optax.GradientTransformationExtraArgs`. Updates have the gradients' dtype.
 
     Raises:
+      TypeError: for an unknown argument, naming function and argument.
       ValueError: for an argument out of its range, naming argument, rule and value; see
         also `in_eigenbasis`.
 
@@ -164,35 +154,17 @@ def soap(
       Vyas et al., `SOAP: Improving and Stabilizing Shampoo using Adam
       <https://arxiv.org/abs/2409.11321>`_, 2024
     """
-    return optimizer(
-        scale_by_soap(
-            b1=b1,
-            b2=b2,
-            eps=eps,
-            shampoo_beta=shampoo_beta,
-            precondition_frequency=precondition_frequency,
-            max_precond_dim=max_precond_dim,
-            merge_dims=merge_dims,
-            precondition_1d=precondition_1d,
-            one_sided=one_sided,
-            factorized=factorized,
-            block_size=block_size,
-            dimension_numbers=dimension_numbers,
-            factors=factors,
-            basis=basis,
-            refresh=refresh,
-            refresh_tolerance=refresh_tolerance,
-            stagger=stagger,
-            initial_basis=initial_basis,
-            mu_dtype=mu_dtype,
-            precond_dtype=precond_dtype,
-            precision=precision,
-            rcond=rcond,
-            clip_update_rms=clip_update_rms,
-            params_sharding=params_sharding,
-        ),
-        *(learning_rate, weight_decay, mask),
+    transformation = scale_by_soap(
+        b1,
+        b2,
+        eps,
+        eps_root,
+        mu_dtype,
+        nesterov=nesterov,
+        factorized=factorized,
+        **options,
     )
+    return optimizer(transformation, learning_rate, weight_decay, mask)
 
 
 def optimizer(
@@ -202,49 +174,40 @@ def optimizer(
     mask: Any | Callable[[optax.Params], Any] | None,
 ) -> optax.GradientTransformationExtraArgs:
     """The transformation, then weight decay and learning rate, as in `optax.adamw`."""
-    infinity = float("inf")
-    _arguments.require_number_or_schedule("learning_rate", learning_rate, 0, infinity)
-    _arguments.require_number_or_schedule("weight_decay", weight_decay, 0, infinity)
+    _arguments.check(
+        learning_rate=(learning_rate, _RATE), weight_decay=(weight_decay, _DECAY)
+    )
+    # Without decay a pass over the parameters is left out. A traced 0 may change, and
+    # with a mask the state has the structure that it has with decay.
+    is_number = isinstance(weight_decay, (int, float))
+    if is_number and weight_decay == 0 and mask is None:
+        decay: optax.GradientTransformation = optax.identity()
+    else:
+        decay = optax.add_decayed_weights(weight_decay, mask)
     return optax.chain(
-        transformation,
-        # No decay leaves out a pass over the parameters; a traced 0 may change.
-        optax.identity()
-        if isinstance(weight_decay, (int, float)) and weight_decay == 0
-        else optax.add_decayed_weights(weight_decay, mask),
-        optax.scale_by_learning_rate(learning_rate),
+        transformation, decay, optax.scale_by_learning_rate(learning_rate)
     )
 
 
+_RATE = _arguments.or_schedule(_arguments.number(-float("inf")))
+_DECAY = _arguments.or_schedule(_arguments.number(0))
+
+
+@takes(EigenbasisOptions, clip_update_rms=10.0)
 def scale_by_soap(
     b1: jax.typing.ArrayLike = 0.95,
     b2: jax.typing.ArrayLike = 0.95,
     eps: jax.typing.ArrayLike = 1e-8,
-    *,
-    shampoo_beta: jax.typing.ArrayLike | None = None,
-    precondition_frequency: int | Callable[[jax.Array], Any] = 10,
-    max_precond_dim: int = DEFAULT_MAX_PRECOND_DIM,
-    merge_dims: bool = False,
-    precondition_1d: bool = False,
-    one_sided: bool = False,
-    factorized: bool = False,
-    block_size: int | None = None,
-    dimension_numbers: Any = None,
-    factors: Literal["shampoo", "kl"] = "shampoo",
-    basis: Literal["previous", "current"] = "previous",
-    refresh: Literal["qr", "cholesky_qr", "eigh"] = "qr",
-    refresh_tolerance: jax.typing.ArrayLike | None = None,
-    stagger: bool = False,
-    initial_basis: Literal["eigh", "identity"] = "eigh",
+    eps_root: jax.typing.ArrayLike = 0.0,
     mu_dtype: jax.typing.DTypeLike | None = None,
-    precond_dtype: jax.typing.DTypeLike | None = None,
-    precision: Any = jax.lax.Precision.HIGHEST,
-    rcond: float | None = None,
-    clip_update_rms: jax.typing.ArrayLike | None = 10.0,
-    params_sharding: Any = None,
+    *,
+    nesterov: bool = False,
+    factorized: bool = False,
+    **options: Unpack[EigenbasisOptions],
 ) -> optax.GradientTransformationExtraArgs:
     """Rescales updates by SOAP: `in_eigenbasis` of `optax.scale_by_adam`.
 
-    See `soap_optax.soap` for the algorithm, all arguments and the errors; this is its
+    See `soap_optax.soap` for the algorithm, all arguments and the errors. This is its
     first part, without weight decay and learning rate.
 
     Returns:
@@ -258,34 +221,40 @@ def scale_by_soap(
       ...     optax.scale_by_learning_rate(optax.cosine_decay_schedule(3e-3, 1000)),
       ... )
     """
-    _arguments.require_number("b1", b1, 0, 1)
-    _arguments.require_number("b2", b2, 0, 1)
-    _arguments.require_number("eps", eps, 0, float("inf"))
-    _arguments.require_choice("factorized", factorized, (True, False))
-    options = Options(
-        shampoo_beta=b2 if shampoo_beta is None else shampoo_beta,
-        precondition_frequency=precondition_frequency,
-        max_precond_dim=max_precond_dim,
-        merge_dims=merge_dims,
-        precondition_1d=precondition_1d,
-        one_sided=one_sided,
-        block_size=block_size,
-        dimension_numbers=dimension_numbers,
-        factors=factors,
-        basis=basis,
-        refresh=refresh,
-        refresh_tolerance=refresh_tolerance,
-        stagger=stagger,
-        initial_basis=initial_basis,
+    check_adam(b1, b2, eps, eps_root, mu_dtype, nesterov)
+    _arguments.check(factorized=(factorized, _arguments.flag))
+    if options["shampoo_beta"] is None:
+        options["shampoo_beta"] = b2
+    adam = scale_by_factorized_adam if factorized else _scale_by_adam
+    make = functools.partial(
+        adam,
+        b1=b1,
+        b2=b2,
+        eps=eps,
+        eps_root=eps_root,
         mu_dtype=mu_dtype,
-        precond_dtype=precond_dtype,
-        precision=precision,
-        rcond=rcond,
-        clip_update_rms=clip_update_rms,
-        params_sharding=params_sharding,
+        nesterov=nesterov,
     )
-    if factorized:
-        inner_of = functools.partial(scale_by_factorized_adam, b1=b1, b2=b2, eps=eps)
-        return make_transformation(inner_of, options)
-    adam = optax.with_extra_args_support(optax.scale_by_adam(b1, b2, eps))
-    return make_transformation(lambda _: adam, options)
+    return make_transformation(Inner(make), options)
+
+
+def check_adam(
+    b1: Any, b2: Any, eps: Any, eps_root: Any, mu_dtype: Any, nesterov: Any
+) -> None:
+    """Checks the arguments of `optax.scale_by_adam`."""
+    _arguments.check(
+        b1=(b1, _arguments.number(0, 1)),
+        b2=(b2, _arguments.number(0, 1)),
+        eps=(eps, _arguments.number(0)),
+        eps_root=(eps_root, _arguments.number(0)),
+        mu_dtype=(mu_dtype, _arguments.optional(_arguments.floating_dtype)),
+        nesterov=(nesterov, _arguments.flag),
+    )
+
+
+def _scale_by_adam(
+    leaves: Any, eigenvalues: Any, **arguments: Any
+) -> optax.GradientTransformationExtraArgs:
+    """`optax.scale_by_adam`, which need not know where it runs."""
+    del leaves, eigenvalues
+    return optax.with_extra_args_support(optax.scale_by_adam(**arguments))

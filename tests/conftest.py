@@ -4,8 +4,9 @@ import importlib.metadata
 import os
 import tempfile
 
-# Nearly all of the time goes into compiling, for which LLVM need not optimize. Before
-# JAX 0.11 XLA's older emitters can be had, which take half the time.
+# Nearly all of the time goes into compiling, so LLVM is told not to optimize. JAX
+# before 0.11 still has XLA's older emitters, which take half the time. The command
+# `make test-default-flags` sets the flags itself and compiles as XLA does for users.
 os.environ.setdefault(
     "XLA_FLAGS",
     "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
@@ -13,7 +14,7 @@ os.environ.setdefault(
     * (tuple(map(int, importlib.metadata.version("jax").split(".")[:2])) < (0, 11)),
 )
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-# Threads of LAPACK only get into each other's way on small matrices.
+# The threads of LAPACK only get into each other's way on small matrices.
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 # Many tests compile the same programs, in several processes.
 os.environ.setdefault(

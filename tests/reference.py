@@ -35,7 +35,10 @@ class Soap:
         initial_basis="eigh",
         factorized=False,
         factors="shampoo",
+        nesterov=False,
+        eps_root=0.0,
     ):
+        self.nesterov, self.eps_root = nesterov, eps_root
         self.factorized, self.kl = factorized, factors == "kl"
         self.b1, self.b2, self.eps = b1, b2, eps
         self.beta = b2 if shampoo_beta is None else shampoo_beta
@@ -82,12 +85,17 @@ class Soap:
         self.mu = self.b1 * self.mu + (1 - self.b1) * projected
         self.nu = self.b2 * self.nu + (1 - self.b2) * projected**2
         mu_hat = self.mu / (1 - self.b1**self.adam_count)
+        if self.nesterov:
+            mu_hat = self.b1 * self.mu / (1 - self.b1 ** (self.adam_count + 1))
+            correction = (1 - self.b1) / (1 - self.b1**self.adam_count)
+            mu_hat = mu_hat + correction * projected
         nu_hat = self.nu / (1 - self.b2**self.adam_count)
         if self.factorized:
             nu_hat = rank_one(nu_hat)
         if self.kl:
             self._follow(projected)
-        return _rotate(mu_hat / (np.sqrt(nu_hat) + self.eps), self.bases)
+        root = np.sqrt(nu_hat + self.eps_root)
+        return _rotate(mu_hat / (root + self.eps), self.bases)
 
     def _beta(self):
         beta = self.beta

@@ -1,5 +1,7 @@
 """Bad input is refused, naming argument (or parameter), rule and value."""
 
+import inspect
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -13,7 +15,7 @@ from soap_optax import DimensionNumbers
 @pytest.mark.parametrize(
     ("argument", "value"),
     [
-        ("learning_rate", -1e-3),
+        ("learning_rate", float("-inf")),
         ("learning_rate", float("nan")),
         ("learning_rate", "fast"),
         ("b1", 1.0),
@@ -24,6 +26,9 @@ from soap_optax import DimensionNumbers
         ("eps", -1e-8),
         ("eps", float("inf")),
         ("weight_decay", -0.1),
+        ("eps_root", -1e-8),
+        ("nesterov", 1.5),
+        ("factorized", "yes"),
         ("shampoo_beta", 1.0),
         ("shampoo_beta", -1),
         ("precondition_frequency", 0),
@@ -33,7 +38,6 @@ from soap_optax import DimensionNumbers
         ("precondition_frequency", None),
         ("max_precond_dim", -1),
         ("max_precond_dim", 2.5),
-        ("max_precond_dim", None),
         ("merge_dims", "yes"),
         ("precondition_1d", 2),
         ("one_sided", None),
@@ -75,9 +79,75 @@ def test_inner():
         soap_optax.in_eigenbasis(optax.scale_by_adam)
 
 
-def test_first_moments():
-    with pytest.raises(ValueError, match="first_moments must be a sequence of names"):
-        soap_optax.in_eigenbasis(optax.scale_by_adam(), first_moments="mu")
+@pytest.mark.parametrize("name", ["first_moments", "coordinatewise"])
+def test_words(name):
+    with pytest.raises(ValueError, match=f"{name} must be a sequence of names"):
+        soap_optax.in_eigenbasis(optax.scale_by_adam(), **{name: "mu"})
+
+
+@pytest.mark.parametrize(
+    ("function", "arguments", "name"),
+    [
+        ("soap", {"learning_rate": 1e-3}, "blok_size"),
+        ("soap", {"learning_rate": 1e-3}, "power"),
+        ("scale_by_soap", {}, "learning_rate"),
+        ("shampoo", {"learning_rate": 1e-3}, "basis"),
+        ("scale_by_shampoo", {}, "clip_update_rms"),
+        ("in_eigenbasis", {"inner": optax.identity()}, "b1"),
+    ],
+)
+def test_unknown_options(function, arguments, name):
+    message = rf"^{function}\(\) got an unexpected keyword argument '{name}'"
+    with pytest.raises(TypeError, match=message):
+        getattr(soap_optax, function)(**arguments, **{name: 4})
+
+
+def test_the_order_is_that_of_optax():
+    """A call of `optax.adamw` with positional arguments means what it meant there."""
+
+    def positional(function):
+        parameters = inspect.signature(function).parameters.values()
+        return [p.name for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD]
+
+    for function in (soap_optax.soap, soap_optax.shampoo):
+        assert positional(function) == positional(optax.adamw)
+    for function in (soap_optax.scale_by_soap, soap_optax.scale_by_shampoo):
+        assert positional(function) == positional(optax.scale_by_adam)
+
+
+def test_a_negative_rate_ascends_as_in_optax():
+    params, grads = {"b": jnp.ones(3)}, {"b": jnp.arange(3.0)}
+    options = {"b1": 0.9, "b2": 0.99, "weight_decay": 0.0}
+    updates = []
+    for make in (soap_optax.soap, optax.adamw):
+        tx = make(-1e-2, **options)
+        state = tx.init(params)
+        for _ in range(2):  # The first step of SOAP does not move anything.
+            step, state = tx.update(grads, state, params)
+        updates.append(step["b"])
+    assert np.all(updates[0][1:] > 0) and np.all(updates[1][1:] > 0)
+
+
+@pytest.mark.parametrize("mask", [None, {"w": True}])
+def test_no_decay_and_decay_have_the_same_state(mask):
+    params = {"w": jnp.ones((3, 2))}
+    states = [
+        soap_optax.soap(1e-3, weight_decay=decay, mask=mask).init(params)
+        for decay in (0.0, 0.1)
+    ]
+    assert jax.tree.structure(states[0]) == jax.tree.structure(states[1])
+
+
+def test_a_traced_decay_of_zero():
+    params = {"w": jnp.ones((3, 2))}
+
+    @jax.jit
+    def update(decay):
+        tx = soap_optax.soap(1e-3, weight_decay=decay)
+        return tx.update(params, tx.init(params), params)[0]["w"]
+
+    np.testing.assert_array_equal(update(0.0), 0)  # in the first step
+    np.testing.assert_allclose(update(0.5), -0.5e-3, rtol=1e-6)
 
 
 @pytest.mark.parametrize(

@@ -9,13 +9,13 @@ import pytest
 import training
 
 import soap_optax
-from soap_optax import _refresh
-from soap_optax._layout import make_layout
+from soap_optax.refresh import METHODS, _stacks
+from soap_optax.refresh._methods import Request
 
 
 @pytest.fixture(autouse=True)
 def slots_of_any_size(monkeypatch):
-    monkeypatch.setattr(_refresh, "_SLOT_BYTES", 1)
+    monkeypatch.setattr(_stacks, "_SLOT_BYTES", 1)
 
 
 def layers(count):
@@ -48,7 +48,7 @@ def decompositions(compiled):
 
 @pytest.mark.parametrize("count", [pytest.param(1, marks=pytest.mark.slow), 5])
 @pytest.mark.parametrize("stagger", [False, True])
-@pytest.mark.parametrize("refresh", ["qr", "eigh", "cholesky_qr"])
+@pytest.mark.parametrize("refresh", METHODS)
 def test_one_decomposition_for_each_size(refresh, stagger, count):
     compiled, _ = program(
         layers(count), refresh=refresh, stagger=stagger, initial_basis="identity"
@@ -84,14 +84,9 @@ def test_blocks_of_one_size_are_one_batch():
     params = {"a": jnp.ones((8, 24)), "b": jnp.ones((16, 8)), "c": jnp.ones((3, 8, 8))}
     numbers = {"a": (0, 1), "b": (0, 1), "c": (1, 2)}
     numbers = {k: soap_optax.DimensionNumbers(v) for k, v in numbers.items()}
-    found = decompositions(
-        program(
-            *(params,),
-            **{"block_size": 8, "dimension_numbers": numbers, "refresh": "qr"},
-            initial_basis="identity",
-        )[0]
-    )
-    assert len(found) == 1
+    options = {"block_size": 8, "dimension_numbers": numbers, "refresh": "qr"}
+    compiled, _ = program(params, **options, initial_basis="identity")
+    assert len(decompositions(compiled)) == 1
 
 
 def computations(text):
@@ -157,12 +152,12 @@ def changes(trace, name):
 def test_slots_are_balanced_and_hold_every_parameter_once():
     sizes = [64, 48, 48, 32, 32, 32, 16, 16, 8, 4]
     factors = [[jnp.zeros((n, n)), None] for n in sizes] + [[None]]
-    slots = _refresh.make_slots(factors, 4)
+    slots = _stacks.make_slots(factors, 4)
     assert sorted(i for slot in slots for i in slot) == list(range(len(sizes)))
     loads = [sum(sizes[i] ** 3 for i in slot) for slot in slots]
     assert max(loads) == 64**3 and min(loads) > 0.3 * max(loads)
-    assert _refresh.make_slots([[None], []], 4) == []
-    assert len(_refresh.make_slots(factors[:2], 4)) == 2
+    assert _stacks.make_slots([[None], []], 4) == []
+    assert len(_stacks.make_slots(factors[:2], 4)) == 2
 
 
 def test_staggered_every_parameter_is_refreshed_every_f_steps():
@@ -184,13 +179,10 @@ def test_staggered_every_parameter_is_refreshed_every_f_steps():
 def test_staggered_one_matrix_is_refreshed_as_ever(basis, initial_basis):
     params = {"w": jnp.ones((6, 5)), "b": jnp.ones(5)}
     options = {"precondition_frequency": 3, "basis": basis}
+    options["initial_basis"] = initial_basis
     plain, staggered = (
         training.trained(
-            soap_optax.soap(
-                *(1e-3,), **options, initial_basis=initial_basis, stagger=stagger
-            ),
-            params,
-            steps=10,
+            soap_optax.soap(1e-3, **options, stagger=stagger), params, steps=10
         )
         for stagger in (False, True)
     )
@@ -267,26 +259,20 @@ def test_a_tolerance_of_zero_skips_nothing():
 
 
 @pytest.mark.parametrize("slots", [[[0, 1, 2]], [[0], [1], [2]], [[1, 2], [0]]])
-@pytest.mark.parametrize("name", ["qr", "cholesky_qr", "eigh"])
+@pytest.mark.parametrize("name", METHODS)
 def test_what_fails_in_a_batch_stays_and_the_others_go_on(name, slots):
     matrices = [jnp.eye(4) + 0.1, jnp.full((4, 4), jnp.nan), jnp.eye(4) + 0.2]
-    layout = make_layout(
-        *((4, 3),),
-        max_precond_dim=10,
-        merge_dims=False,
-        precondition_1d=False,
-        one_sided=False,
-        block_size=None,
-    )
-    bases = _refresh.Bases(
+    layout = training.layout((4, 3), max_precond_dim=10)
+    bases = _stacks.Bases(
         eigenbases=[[jnp.eye(4), None] for _ in matrices],
         eigenvalues=[[jnp.full(4, 7.0), None] for _ in matrices],
         skipped=[[jnp.zeros(1, jnp.int32), None] for _ in matrices],
         moments=[[training.normal(4, 3)] for _ in matrices],
     )
     factors = [[matrix, None] for matrix in matrices]
-    method = _refresh.Method(name)
-    refresh = _refresh.Refresh([layout] * 3, factors, method, slots)
+    refresh = _stacks.Refresh(
+        [layout] * 3, factors, [None] * 3, METHODS[name], Request(), slots
+    )
     new = refresh.run(jax.tree.map(lambda x: x, bases), 0, len(slots))
     assert [int(of_leaf[0][0]) for of_leaf in new.skipped] == [0, 1, 0]
     np.testing.assert_array_equal(new.eigenbases[1][0], jnp.eye(4))

@@ -186,7 +186,9 @@ def test_first_moments_of_another_shape(max_precond_dim):
         return updates, optax.TraceState(trace=rows)
 
     tx = soap_optax.in_eigenbasis(
-        optax.GradientTransformation(init, update), max_precond_dim=max_precond_dim
+        optax.GradientTransformation(init, update),
+        max_precond_dim=max_precond_dim,
+        coordinatewise=("trace",),
     )
     params = {"w": jnp.ones((4, 3))}
     state = tx.init(params)

@@ -9,20 +9,15 @@ import numpy as np
 import optax
 import pytest
 import reference
+import training
 from test_reference import EPS, assert_same, gradients, run
 
 import soap_optax
-from soap_optax import _kronecker, _refresh
-from soap_optax._layout import make_layout
+from soap_optax import _kronecker
+from soap_optax.refresh import _stacks
+from soap_optax.refresh._methods import Request
 
 HIGHEST = jax.lax.Precision.HIGHEST
-LAYOUT_OPTIONS = {
-    "max_precond_dim": 10_000,
-    "merge_dims": False,
-    "precondition_1d": False,
-    "one_sided": False,
-    "block_size": None,
-}
 
 
 # --- Shampoo, with explicit Kronecker products ---------------------------------------
@@ -89,6 +84,42 @@ def test_shampoo_without_factors_is_adam(grafting):
     np.testing.assert_array_equal(run(tx, grads), adam)
 
 
+@pytest.mark.parametrize("grafting", ["adam", None])
+def test_shampoo_keeps_no_mean_without_factors(grafting):
+    params = {"w": jnp.ones((4, 3)), "b": jnp.ones(3)}
+    tx = soap_optax.scale_by_shampoo(grafting=grafting)
+    state = tx.init(params)
+    mu = state.preconditioner.inner_state.mu
+    assert mu["w"].shape == (4, 3) and mu["b"] == optax.MaskedNode()
+    _, after = jax.jit(tx.update)(params, state, params)
+    assert jax.tree.structure(after) == jax.tree.structure(state)
+
+
+def test_shampoo_with_nesterov_is_that_of_the_mean():
+    """Without decay of the mean it is the newest gradient, with Nesterov or not."""
+    grads = gradients(5, 5)
+    options = {"grafting": None, "precondition_frequency": 3}
+    for b1, is_same in ((0.0, True), (0.9, False)):
+        plain, ahead = (
+            run(soap_optax.scale_by_shampoo(b1, nesterov=nesterov, **options), grads)
+            for nesterov in (False, True)
+        )
+        assert np.allclose(plain, ahead, rtol=1e-9) == is_same
+
+
+def test_shampoo_with_a_tolerance_follows_its_eigenvalues():
+    """Where the identity is an eigenbasis and never refreshed: sign(g) at power 1/2."""
+    gradient = jnp.diag(jnp.array([1.0, 2.0]))
+    tx = soap_optax.scale_by_shampoo(
+        power=0.25, grafting=None, refresh_tolerance=0.1, precondition_frequency=1
+    )
+    state = tx.init(gradient)
+    for scale in (1.0, 1.0, 1e-3, 1e-3):
+        update, state = tx.update(scale * gradient, state)
+        assert 0.1 < np.linalg.norm(update) < 10
+    assert state.preconditioner.skipped[0] == 4
+
+
 def test_shampoo_keeps_its_roots_between_refreshes():
     """Unlike SOAP, whose second moments follow every gradient."""
     grads = gradients(5, 5)
@@ -126,14 +157,14 @@ def test_shampoo_of_power_one_half_is_adafactor_in_its_eigenbasis():
     rng = np.random.default_rng(0)
     left, right = (np.eye(k) + 0.3 * rng.normal(size=(k, k)) for k in (m, n))
     grads = jnp.asarray(left @ rng.normal(size=(50, m, n)) @ right)
-    layout = make_layout((m, n), **LAYOUT_OPTIONS)
+    layout = training.layout((m, n))
     factors = [jnp.zeros((m, m)), jnp.zeros((n, n))]
     for t, grad in enumerate(grads):
         factors = _kronecker.accumulate(
             factors, [grad] * 2, layout, 1 / (t + 1), HIGHEST
         )
-    eigh = _refresh.Method("eigh")
-    new = [_refresh.refresh_one(f, jnp.eye(len(f)), eigh) for f in factors]
+    eigh, request = soap_optax.Eigh(), Request()
+    new = [_stacks.refresh_one(f, jnp.eye(len(f)), eigh, request) for f in factors]
     bases = [x.eigenbases for x in new]
     trace = jnp.trace(factors[0])
 
@@ -251,8 +282,11 @@ def test_whitened_gram_matrices_are_weighted_by_the_inverse_of_the_other_factor(
     left, right = (np.cov(rng.normal(size=(k, 5 * k))) for k in (m, n))
     (e_left, q_left), (e_right, q_right) = map(np.linalg.eigh, (left, right))
     of_left, of_right = _kronecker.whiten(
-        *(grad, [q_left, q_right], [jnp.asarray(e_left), jnp.asarray(e_right)]),
-        *(make_layout((m, n), **LAYOUT_OPTIONS), HIGHEST),
+        grad,
+        [q_left, q_right],
+        [jnp.asarray(e_left), jnp.asarray(e_right)],
+        training.layout((m, n)),
+        HIGHEST,
     )
     np.testing.assert_allclose(
         of_left @ of_left.T, grad @ np.linalg.inv(right) @ grad.T / n, rtol=1e-10

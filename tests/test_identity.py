@@ -1,5 +1,7 @@
 """Without factors the wrapper is the inner transformation, bit for bit."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -88,6 +90,28 @@ def test_soap_is_adamw(jit):
     adamw = optax.adamw(schedule, 0.9, 0.99, 1e-6, **options)
     grads = gradients(dtype="float32")
     assert_equal(run(soap, grads, jit=jit), run(adamw, grads, jit=jit))
+
+
+@pytest.mark.parametrize("name", ["soap", "factorized", "shampoo"])
+@pytest.mark.parametrize("eps_root", [0.0, 1e-3])
+def test_nesterov_and_eps_root_are_those_of_adamw(name, eps_root):
+    options = {"eps_root": eps_root, "weight_decay": 0.1, "nesterov": True}
+    makes = {
+        "soap": functools.partial(soap_optax.soap, eps=1e-6, basis="current"),
+        "factorized": functools.partial(
+            soap_optax.soap, eps=1e-6, basis="current", factorized=True
+        ),
+        "shampoo": functools.partial(soap_optax.shampoo, adam_eps=1e-6),
+    }
+    tx = makes[name](1e-2, 0.9, 0.99, max_precond_dim=0, **options)
+    adamw = optax.adamw(1e-2, 0.9, 0.99, eps=1e-6, **options)
+    grads = gradients(dtype="float32")
+    actual, expected = run(tx, grads, jit=False), run(adamw, grads, jit=False)
+    if name == "factorized":  # whose second moment passes through its root
+        close = functools.partial(np.testing.assert_allclose, rtol=1e-5)
+        jax.tree.map(close, actual, expected)
+    else:
+        assert_equal(actual, expected)
 
 
 def test_mu_dtype_is_that_of_optax():

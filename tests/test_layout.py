@@ -3,21 +3,12 @@
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import training
 from optax.contrib import MuonDimensionNumbers
 
 from soap_optax import DimensionNumbers
-from soap_optax._layout import make_layout
 
-
-def layout(shape, **options):
-    defaults = {
-        "max_precond_dim": 10_000,
-        "merge_dims": False,
-        "precondition_1d": False,
-        "one_sided": False,
-        "block_size": None,
-    }
-    return make_layout(shape, **{**defaults, **options})
+layout = training.layout
 
 
 @pytest.mark.parametrize(

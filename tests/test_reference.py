@@ -211,3 +211,15 @@ def test_max_precond_dim():
     tx = scale_by_soap(max_precond_dim=5, precondition_frequency=3)
     expected = expected_directions(grads, max_precond_dim=5, frequency=3)
     assert_same(run(tx, grads), expected)
+
+
+@pytest.mark.parametrize("basis", ["previous", "current"])
+@pytest.mark.parametrize("factorized", [False, True])
+@pytest.mark.parametrize("factors", ["shampoo", "kl"])
+def test_nesterov_and_eps_root(basis, factorized, factors):
+    grads = gradients(5, 5)
+    options = {"basis": basis, "factorized": factorized, "factors": factors}
+    options |= {"nesterov": True, "eps_root": 1e-3, "refresh": "eigh"}
+    tx = scale_by_soap(b1=0.9, precondition_frequency=3, **options)
+    expected = expected_directions(grads, b1=0.9, frequency=3, **options)
+    assert_same(run(tx, grads), expected)

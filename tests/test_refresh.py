@@ -12,10 +12,10 @@ import pytest
 import training
 
 import soap_optax
-from soap_optax import _refresh
+from soap_optax.refresh import METHODS, _stacks
+from soap_optax.refresh._methods import Refreshed, Request
 
 SIZE = 12
-METHODS = ["qr", "cholesky_qr", "eigh"]
 DTYPES = ["float32", "float64"]
 
 
@@ -138,17 +138,18 @@ def test_chunks_are_as_if_alone(method, tolerance, initial):
     matrices = jnp.concatenate([scaled, jnp.diag(jnp.arange(1.0, SIZE + 1))[None]])
     matrices = matrices.at[1].set(jnp.nan).astype(jnp.float32)
     identity = jnp.eye(SIZE, dtype=jnp.float32)
-    bases = jnp.broadcast_to(identity, matrices.shape).at[2].set(0)
+    bases = jnp.broadcast_to(identity, matrices.shape)
+    wanted = jnp.ones(len(bases), bool).at[2].set(False)
     if not initial:
         turned = jnp.asarray(orthogonal(2), "float32")
         bases = bases.at[3:-1].set(turned)
-    how = _refresh.Method(method, jnp.asarray(initial), tolerance)
+    request = Request(jnp.asarray(initial), tolerance)
     values = jnp.zeros(bases.shape[:-1], jnp.float32)
-    start = _refresh.Refreshed(bases, values, jnp.zeros(len(bases), bool))
-    run = functools.partial(_refresh._refresh_chunk, how)
+    start = Refreshed(bases, values, jnp.zeros(len(bases), bool))
+    run = functools.partial(_stacks._refresh_chunk, METHODS[method], request)
     alone, *others = (
-        jax.jit(functools.partial(_refresh._in_chunks, run, chunk=chunk))(
-            matrices, start
+        jax.jit(functools.partial(_stacks._in_chunks, run, chunk=chunk))(
+            matrices, wanted, start
         )
         for chunk in (1, 3, len(matrices))
     )
@@ -202,7 +203,7 @@ def test_cholesky_qr_is_qr_on_the_factors_of_a_training_run():
         wide = factor.astype(jnp.float64), basis.astype(jnp.float64)
         wide = wide[0], jnp.linalg.qr(wide[1])[0]
         qr, by_cholesky = (
-            _refresh.refresh_one(*wide, _refresh.Method(name))
+            _stacks.refresh_one(*wide, METHODS[name], Request())
             for name in ("qr", "cholesky_qr")
         )
         assert bool(qr.is_new) and bool(by_cholesky.is_new)
@@ -212,3 +213,39 @@ def test_cholesky_qr_is_qr_on_the_factors_of_a_training_run():
         values = jnp.sort(qr.eigenvalues)
         conditions.append(float(values[-1] / jnp.maximum(values[0], 1e-300)))
     assert len(conditions) == 6 and max(conditions) > 1e4
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_a_name_is_short_for_a_method(name):
+    params = {"w": jnp.ones((4, 3))}
+    by_name, by_method = (
+        training.trained(soap_optax.scale_by_soap(refresh=refresh), params)
+        for refresh in (name, METHODS[name])
+    )
+    jax.tree.map(np.testing.assert_array_equal, by_name, by_method)
+
+
+def test_a_method_of_ones_own():
+    class Nothing(soap_optax.RefreshMethod):
+        def refresh(self, factors, eigenbases, wanted, request):
+            values = jnp.zeros(factors.shape[:-1], factors.dtype)
+            return Refreshed(eigenbases, values, jnp.zeros_like(wanted))
+
+    tx = soap_optax.scale_by_soap(refresh=Nothing())
+    state = training.trained(tx, {"w": jnp.ones((4, 3))})
+    np.testing.assert_array_equal(state.eigenbases["w"][0], jnp.eye(4))
+    assert state.skipped["w"][0] == state.refreshes == 1
+
+
+def test_parameters_of_a_method():
+    with pytest.raises(ValueError, match="passes must be an integer of at least 1"):
+        soap_optax.CholeskyQR(passes=0)
+    one_pass = soap_optax.CholeskyQR(passes=1)
+    params = {"w": jnp.ones((5, 5))}
+    options = {"precondition_frequency": 1}
+    few, many = (
+        training.trained(soap_optax.scale_by_soap(refresh=m, **options), params)
+        for m in (one_pass, "cholesky_qr")
+    )
+    # Where one pass is not enough, the fallback gives what several passes give.
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-3), few, many)

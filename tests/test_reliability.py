@@ -190,3 +190,17 @@ def test_eager_and_jit_agree_on_singular_factors():
     for gradient, expected in zip(gradients, updates, strict=True):
         step, state = tx.update(jnp.asarray(gradient), state)
         np.testing.assert_allclose(step, expected, atol=1e-3)
+
+
+@pytest.mark.parametrize("rcond", [0.0, 1e-9])
+def test_an_injected_bound_of_round_off(rcond):
+    """Also where an eigenvalue is exactly 0."""
+    gradient = jnp.diag(jnp.array([1.0, 0.0]))
+    tx = optax.inject_hyperparams(soap_optax.soap)(1e-3, rcond=rcond)
+    plain = soap_optax.soap(1e-3, rcond=rcond)
+    state, plain_state = tx.init(gradient), plain.init(gradient)
+    for _ in range(3):
+        update, state = tx.update(gradient, state, gradient)
+        expected, plain_state = plain.update(gradient, plain_state, gradient)
+    np.testing.assert_allclose(update, expected, rtol=1e-6)
+    assert update[0, 0] != 0 and np.isfinite(update).all()

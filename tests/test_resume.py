@@ -1,5 +1,6 @@
 """Exact resume and determinism, for every combination of options."""
 
+import functools
 import itertools
 
 import flax.serialization
@@ -156,10 +157,8 @@ def test_donated_buffers(options):
     donated = run(step_of(tx, donate_argnums=(0, 1)), params, state, range(STEPS))
     assert all(leaf.is_deleted() for leaf in jax.tree.leaves((params, state)))
     # Another program, in which XLA may round otherwise.
-    jax.tree.map(
-        lambda x, y: np.testing.assert_allclose(x, y, rtol=2e-6, atol=2e-6),
-        *(donated, expected),
-    )
+    close = functools.partial(np.testing.assert_allclose, rtol=2e-6, atol=2e-6)
+    jax.tree.map(close, donated, expected)
 
 
 def test_a_fresh_state_can_be_donated():

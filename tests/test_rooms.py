@@ -1,6 +1,7 @@
 """Who imports whom, and that nothing private is imported."""
 
 import ast
+import re
 from pathlib import Path
 
 import pytest
@@ -8,72 +9,179 @@ import pytest
 import soap_optax
 
 PACKAGE = Path(soap_optax.__file__).parent
+
+# Each room, from the ground up, and the rooms that it imports: those below it.
 ROOMS = {
     "_arguments": set(),
-    "_layout": set(),
-    "_kronecker": {"_layout"},
-    "_tree": {"_arguments", "_layout"},
-    "_refresh": {"_kronecker", "_layout"},
-    "_sharding": {"_arguments", "_layout", "_refresh", "_tree"},
+    "_dtypes": set(),
+    "mesh._mesh": {"_arguments"},
+    "refresh._methods": {"_arguments", "_dtypes"},
+    "refresh._clock": set(),
+    "_options": {"_arguments", "refresh._methods"},
+    "parameters._layout": {"_options", "mesh._mesh"},
+    "parameters._tree": {"_arguments", "_options", "mesh._mesh", "parameters._layout"},
+    "_kronecker": {"_dtypes", "mesh._mesh", "parameters._layout"},
+    "mesh._placement": {
+        "_arguments",
+        "mesh._mesh",
+        "parameters._layout",
+        "parameters._tree",
+    },
+    "refresh._stacks": {
+        "_dtypes",
+        "_kronecker",
+        "mesh._mesh",
+        "parameters._layout",
+        "refresh._methods",
+    },
+    "mesh._spread": {
+        "mesh._mesh",
+        "mesh._placement",
+        "parameters._layout",
+        "parameters._tree",
+        "refresh._methods",
+        "refresh._stacks",
+    },
+    "_moments": {"parameters._tree"},
+    "_state": {
+        "_dtypes",
+        "_options",
+        "mesh._mesh",
+        "mesh._placement",
+        "parameters._tree",
+    },
     "_eigenbasis": {
-        *("_arguments", "_kronecker", "_layout", "_refresh", "_sharding", "_tree"),
+        "_arguments",
+        "_kronecker",
+        "_moments",
+        "_options",
+        "_state",
+        "mesh._mesh",
+        "mesh._placement",
+        "mesh._spread",
+        "parameters._tree",
+        "refresh._clock",
+        "refresh._methods",
+        "refresh._stacks",
     },
-    "_factorized": {"_kronecker", "_sharding", "_tree"},
-    "_soap": {"_arguments", "_eigenbasis", "_factorized"},
+    "_factorized": {"_kronecker", "mesh._mesh", "mesh._placement", "parameters._tree"},
+    "_soap": {"_arguments", "_eigenbasis", "_factorized", "_options"},
     "_shampoo": {
-        *("_arguments", "_eigenbasis", "_kronecker", "_sharding", "_soap", "_tree"),
+        "_arguments",
+        "_eigenbasis",
+        "_factorized",
+        "_kronecker",
+        "_options",
+        "_soap",
+        "_state",
+        "mesh._placement",
+        "parameters._tree",
     },
-    "_diagnostics": {"_arguments", "_eigenbasis", "_kronecker", "_refresh"},
+    "_diagnostics": {
+        "_arguments",
+        "_state",
+        "mesh._mesh",
+        "refresh._methods",
+        "refresh._stacks",
+    },
+}
+FACES = {
     "__init__": {
-        *("_diagnostics", "_eigenbasis", "_layout", "_shampoo", "_sharding", "_soap"),
+        "_diagnostics",
+        "_eigenbasis",
+        "_shampoo",
+        "_soap",
+        "_state",
+        "mesh._placement",
+        "parameters._layout",
+        "refresh._methods",
     },
+    "mesh.__init__": set(),
+    "parameters.__init__": set(),
+    "refresh.__init__": {"refresh._methods"},
 }
-OUTSIDE = {
-    "_layout": {
-        *("collections", "dataclasses", "itertools", "jax", "math", "operator"),
-        "typing",
-    },
-    "_kronecker": {"collections", "functools", "jax", "math", "numpy", "typing"},
-}
+
+# JAX's interface for meshes, which only one room uses.
+OF_MESHES = re.compile(
+    r"AbstractMesh|AxisType|abstract_mesh|auto_axes|reshard|shard_map\(|"
+    r"with_sharding_constraint|\.sharding\.mesh\.axis"
+)
+
+
+def path_of(room):
+    return PACKAGE / f"{room.replace('.', '/')}.py"
 
 
 def imports(path):
+    """The names of all modules that a file imports, in full."""
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{path}: imports are absolute"
-            if node.module == "soap_optax":
-                yield from (f"soap_optax.{alias.name}" for alias in node.names)
+            if any(room_of(f"{node.module}.{alias.name}") for alias in node.names):
+                yield from (f"{node.module}.{alias.name}" for alias in node.names)
             else:
                 yield node.module
 
 
+def room_of(name):
+    """The room that a module of this name is, or None."""
+    room = name.removeprefix("soap_optax.")
+    return room if room in ROOMS and room != name else None
+
+
 def test_every_room_is_listed():
-    assert {path.stem for path in PACKAGE.glob("*.py")} == set(ROOMS)
+    files = {path.relative_to(PACKAGE) for path in PACKAGE.rglob("*.py")}
+    rooms = {".".join(file.with_suffix("").parts) for file in files}
+    assert rooms == set(ROOMS) | set(FACES)
+
+
+@pytest.mark.parametrize("room", [*ROOMS, *FACES])
+def test_what_a_room_imports(room):
+    names = list(imports(path_of(room)))
+    inside = {room_of(name) for name in names if name.startswith("soap_optax")}
+    # `from soap_optax.refresh import METHODS` is by the face of a room.
+    if "soap_optax.refresh" in names:
+        inside |= {"refresh._methods"}
+    assert inside - {None} == {**ROOMS, **FACES}[room]
+
+
+def test_rooms_import_only_what_is_below():
+    rooms = list(ROOMS)
+    for room, below in ROOMS.items():
+        assert below <= set(rooms[: rooms.index(room)]), room
 
 
 @pytest.mark.parametrize("room", ROOMS)
-def test_directions(room):
-    names = list(imports(PACKAGE / f"{room}.py"))
-    inside = {n.split(".")[1] for n in names if n.startswith("soap_optax.")}
-    assert inside <= ROOMS[room]
-    outside = {n.split(".")[0] for n in names if not n.startswith("soap_optax")}
-    assert outside <= OUTSIDE.get(room, outside)
+def test_one_room_talks_to_jax_about_meshes(room):
+    code = path_of(room).read_text()
+    docstrings = [
+        ast.get_docstring(node, clean=False) or ""
+        for node in ast.walk(ast.parse(code))
+        if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef))
+    ]
+    for text in docstrings:
+        code = code.replace(text, "")
+    assert bool(OF_MESHES.search(code)) == (room == "mesh._mesh")
 
 
-@pytest.mark.parametrize("folder", ["soap_optax", "tests", "examples"])
+@pytest.mark.parametrize("folder", ["soap_optax", "tests", "examples", "benchmarks"])
 def test_nothing_private_of_jax_or_optax(folder):
-    for path in (PACKAGE.parent / folder).glob("*.py"):
-        assert not any("._src" in name for name in imports(path))
+    for path in (PACKAGE.parent / folder).rglob("*.py"):
+        assert not any("._src" in name for name in imports(path)), path
 
 
 def test_public_names():
     public = {name for name in vars(soap_optax) if not name.startswith("_")}
-    assert public == {
+    assert public - {"mesh", "parameters", "refresh"} == {
+        "CholeskyQR",
         "Diagnostics",
         "DimensionNumbers",
         "EigenbasisState",
+        "Eigh",
+        "QR",
+        "RefreshMethod",
         "ShampooState",
         "diagnostics",
         "in_eigenbasis",

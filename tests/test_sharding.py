@@ -177,7 +177,8 @@ def test_the_trajectory_is_that_of_one_device(case, mesh, kind):
         lambda array, sharding: np.testing.assert_equal(
             array.sharding.is_equivalent_to(sharding, array.ndim), True
         ),
-        *((placed, state), (params_sharding, sharding)),
+        (placed, state),
+        (params_sharding, sharding),
     )
     assert optax.tree.get(state, "refreshes") == (6 if options.get("stagger") else 5)
     assert not any(map(np.any, jax.tree.leaves(optax.tree.get(state, "skipped"))))
@@ -298,25 +299,19 @@ def test_each_factor_is_refreshed_on_one_device():
 
 def exchange_owners(parameters, mesh):
     """Of each exchange: the size, the devices that own something, and the rooms."""
-    from soap_optax import _sharding, _tree
-    from soap_optax._layout import make_layout
+    from soap_optax.mesh import _spread
+    from soap_optax.parameters._tree import Leaf
 
     leaves, factors = [], []
     for name, (shape, spec) in parameters.items():
-        layout = make_layout(
-            shape,
-            max_precond_dim=100,
-            merge_dims=False,
-            precondition_1d=False,
-            one_sided=False,
-            block_size=None,
-        )
+        layout = training.layout(shape)
         sharding = NamedSharding(mesh, P(*spec, *[None] * (len(shape) - len(spec))))
-        leaves.append(_tree.Leaf((), (name,), layout, jnp.float32, sharding))
+        leaves.append(Leaf((), (name,), layout, jnp.float32, sharding))
         factors.append(
             [jax.ShapeDtypeStruct(s, jnp.float32) for s in layout.factor_shapes()]
         )
-    exchanges = _sharding._exchanges(leaves, factors, [list(range(len(leaves)))])
+    members = list(range(len(leaves)))
+    exchanges = _spread._exchanges(leaves, factors, 0, members)
     return [
         (
             next(factors[i][axis].shape[-1] for i, axis, _ in exchange.owners),

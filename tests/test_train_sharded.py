@@ -154,10 +154,8 @@ def test_scanned_layers_are_the_layers(remat):
     loss, gradients = loss_and_gradients(config, params, tokens)
     apart = dataclasses.replace(config, scan=False, remat=False)
     wanted = loss_and_gradients(apart, unstacked(params), tokens)
-    jax.tree.map(
-        functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-6),
-        *((loss, unstacked(gradients)), wanted),
-    )
+    close = functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-6)
+    jax.tree.map(close, (loss, unstacked(gradients)), wanted)
     first, second = params["blocks"]["query"]["kernel"]
     assert np.abs(first - second).max() > 0.1
 

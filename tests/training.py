@@ -1,10 +1,13 @@
-"""Random gradients, the state of a transformation after some of them, and a refresh."""
+"""What several tests share: gradients and states after them, layouts, refreshes."""
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from soap_optax import _refresh
+from soap_optax._options import complete
+from soap_optax.parameters._layout import make_layout
+from soap_optax.refresh import METHODS, _stacks
+from soap_optax.refresh._methods import Request
 
 
 def normal(*shape, seed=0, dtype=np.float32):
@@ -22,11 +25,15 @@ def trained(tx, params, steps=5, dtype=np.float32):
     return state
 
 
+def layout(shape, dimension_numbers=None, **options):
+    """The layout of a shape, with defaults for the options that are not given."""
+    return make_layout(shape, complete(**options), dimension_numbers)
+
+
 def refresh(factor, basis, eigenvalues, method, precision):
     """The eigenbasis and eigenvalues after a refresh, and whether it failed."""
-    new = _refresh.refresh_one(
-        factor, basis, _refresh.Method(method, precision=precision)
-    )
+    request = Request(precision=precision)
+    new = _stacks.refresh_one(factor, basis, METHODS[method], request)
     values = new.eigenvalues.astype(eigenvalues.dtype)
     return (
         new.eigenbases,

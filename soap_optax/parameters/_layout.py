@@ -3,17 +3,23 @@
 A `Layout` follows from the *shape* of a parameter and the options alone. It owns all
 shape arithmetic: parameter-shaped arrays are viewed as arrays of blocks by `to_blocks`
 and come back by `from_blocks`, so that everything kept between steps has the shape of
-the parameter.
+the parameter. The array of blocks is the *view*; its axes that number the blocks, and
+those of batches, are the *grid*.
 """
 
 import dataclasses
 import itertools
 import math
 import operator
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
+
+from soap_optax._options import EigenbasisOptions
+from soap_optax.mesh import _mesh
+
+DEFAULT_MAX_PRECOND_DIM = 10_000
 
 
 class DimensionNumbers(NamedTuple):
@@ -39,30 +45,10 @@ class DimensionNumbers(NamedTuple):
 
 
 def is_dimension_numbers(value: Any) -> bool:
-    """Whether `value` is a `DimensionNumbers` or has the fields of Muon's."""
+    """Says whether a value is a `DimensionNumbers` or has the fields of Muon's."""
     return isinstance(value, DimensionNumbers) or (
         hasattr(value, "reduction_axis") and hasattr(value, "output_axis")
     )
-
-
-class CutBlocks(NamedTuple):
-    """Blocks of a (merged) axis that lie on several devices each.
-
-    Attributes:
-      axes: of the parameter.
-      size: of all of it.
-      block: the side of its blocks.
-      shard: how much of it a device has.
-      inner: how many devices share each index of the first of merged axes.
-      fitting: the largest side of blocks that would lie on one device each, or 0.
-    """
-
-    axes: tuple[int, ...]
-    size: int
-    block: int
-    shard: int
-    inner: int
-    fitting: int
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,25 +78,36 @@ class Layout:
     def has_factors(self) -> bool:
         return any(self.factored)
 
+    @property
+    def within(self) -> list[int]:
+        """The axes of the view within a block, which are all but the grid."""
+        return [d for d in range(len(self.view)) if d not in self.grid]
+
+    @property
+    def sources(self) -> list[int | None]:
+        """For each axis of the view, the axis of the parameter behind its `parents`."""
+        return [None if p is None else self.order[p] for p in self.parents]
+
     def to_blocks(self, array: jax.Array) -> jax.Array:
         """Views a parameter-shaped array as an array of blocks."""
         ordered = array.transpose(self.order)
-        sharding = explicit_sharding(array, range(array.ndim))
+        sharding = _mesh.explicit_sharding(array, range(array.ndim))
         if sharding is not None:
-            spec = self.spec_of_view(sharding.spec, sharding.mesh.shape)
-            sharding = jax.sharding.NamedSharding(sharding.mesh, spec)
+            mesh = sharding.mesh
+            spec = _mesh.inherited(sharding.spec, self.sources, self.view, mesh.shape)
+            sharding = _mesh.NamedSharding(mesh, spec)
         return jax.lax.reshape(ordered, self.view, out_sharding=sharding)
 
     def from_blocks(self, blocks: jax.Array, like: jax.Array) -> jax.Array:
-        """Inverse of `to_blocks`, sharded like `like`."""
+        """Inverts `to_blocks`, with a result that is sharded like `like`."""
         inverse = sorted(range(len(self.order)), key=self.order.__getitem__)
         shape = [self.shape[axis] for axis in self.order]
-        sharding = explicit_sharding(like, self.order)
+        sharding = _mesh.explicit_sharding(like, self.order)
         ordered = jax.lax.reshape(blocks, shape, out_sharding=sharding)
         return ordered.transpose(inverse)
 
     def blocked(self) -> list[tuple[tuple[int, ...], int]]:
-        """The (merged) axes that are cut into blocks, and the side of those."""
+        """The (merged) axes that are cut into blocks, each with the side of a block."""
         starts = [parent for parent in self.parents if parent is not None]
         ends = dict(itertools.pairwise([*starts, len(self.order)]))
         found = []
@@ -119,81 +116,6 @@ class Layout:
             if self.parents[axis] is None and first is not None:
                 found.append((self.order[first : ends[first]], self.view[axis]))
         return found
-
-    def spec_of_view(self, spec: jax.P, sizes: Mapping[str, int]) -> jax.P:
-        """How the array of blocks is sharded, if the parameter is by `spec`.
-
-        An axis takes the mesh axes of its parent, if their `sizes` divide it.
-        """
-        entries: list[Any] = []
-        for size, parent in zip(self.view, self.parents, strict=True):
-            entry = None if parent is None else spec[self.order[parent]]
-            entries.append(None if size % _shards(entry, sizes) else entry)
-        return jax.P(*entries)
-
-    def spec_of_grid(self, spec: jax.P, sizes: Mapping[str, int]) -> jax.P:
-        """Likewise, how the grid of blocks is."""
-        view = self.spec_of_view(spec, sizes)
-        return jax.P(*(view[axis] for axis in self.grid))
-
-    def is_aligned(self, spec: jax.P, sizes: Mapping[str, int]) -> bool:
-        """Whether all mesh axes that shard it cut its grid of blocks, and some do.
-
-        If there are any: one device has all.
-        """
-        grid = self.spec_of_grid(spec, sizes)
-        on_grid = {name for entry in grid for name in mesh_axes(entry)}
-        named = {n for entry in spec for n in mesh_axes(entry) if sizes[n] > 1}
-        return named <= on_grid and bool(named or math.prod(sizes.values()) == 1)
-
-    def cut_blocks(self, spec: jax.P, sizes: Mapping[str, int]) -> list[CutBlocks]:
-        """The (merged) axes whose blocks lie on several devices each."""
-        found = []
-        for axes, block in self.blocked():
-            first, *others = (_shards(spec[axis], sizes) for axis in axes)
-            inner = math.prod(others)
-            size = math.prod(self.shape[axis] for axis in axes)
-            shard = size // first
-            if inner > 1 or shard % block:
-                fits = [b for b in range(2, block) if inner == 1 and shard % b == 0]
-                fitting = max(fits, default=0)
-                found.append(
-                    CutBlocks(axes, size, block, shard // inner, inner, fitting)
-                )
-        return found
-
-    def specs_of_factors(
-        self, spec: jax.P, sizes: Mapping[str, int]
-    ) -> tuple[jax.P | None, ...]:
-        """How factors `[grid…, b, b]` are sharded, if the parameter is by `spec`.
-
-        The grid as in the array of blocks; the rows by the mesh axes of the axes that
-        are not cut into blocks, as far as they divide them. None without a factor.
-        """
-        grid = self.spec_of_grid(spec, sizes)
-        used = {axis for entry in grid for axis in mesh_axes(entry)}
-        cut = {axis for axes, _ in self.blocked() for axis in axes}
-        whole = (entry for axis, entry in enumerate(spec) if axis not in cut)
-        others = [n for entry in whole for n in mesh_axes(entry) if n not in used]
-
-        def one(shape: tuple[int, ...]) -> jax.P:
-            rows: tuple[str, ...] = ()
-            for name in others:
-                if shape[-2] % _shards((*rows, name), sizes) == 0:
-                    rows = (*rows, name)
-            return jax.P(*grid, rows or None, None)
-
-        return tuple(s if s is None else one(s) for s in self.factor_shapes())
-
-    def local(self, spec: jax.P, sizes: Mapping[str, int]) -> "Layout":
-        """The layout of what one device has."""
-
-        def cut(shape: tuple[int, ...], by: jax.P) -> tuple[int, ...]:
-            entries = zip(shape, by, strict=True)
-            return tuple(size // _shards(entry, sizes) for size, entry in entries)
-
-        view = cut(self.view, self.spec_of_view(spec, sizes))
-        return dataclasses.replace(self, shape=cut(self.shape, spec), view=view)
 
     def factor_shapes(self) -> tuple[tuple[int, ...] | None, ...]:
         """The shape `[grid…, b, b]` of each factor, None where it is the identity."""
@@ -204,19 +126,8 @@ class Layout:
         )
 
 
-def mesh_axes(entry: Any) -> tuple[str, ...]:
-    """The mesh axes in an entry of a `jax.P`."""
-    if entry is None:
-        return ()
-    return tuple(entry) if isinstance(entry, (tuple, list)) else (entry,)
-
-
-def _shards(entry: Any, sizes: Mapping[str, int]) -> int:
-    return math.prod(sizes[name] for name in mesh_axes(entry))
-
-
 def layout_of_factors(count: int, size: int) -> Layout:
-    """Of a parameter with `count` blocks and one factor each, `[count, size, size]`."""
+    """The layout of `count` blocks of one axis, with factors `[count, size, size]`."""
     shape, axes = (count, size), (0, 1)
     return Layout(shape, axes, shape, axes, grid=(0,), axes=(1,), factored=(True,))
 
@@ -227,41 +138,16 @@ def _identity(shape: tuple[int, ...]) -> Layout:
     return Layout(shape, axes, shape, axes, (), axes, (False,) * len(shape))
 
 
-def explicit_sharding(
-    array: jax.Array, dims: Sequence[int | None]
-) -> jax.sharding.NamedSharding | None:
-    """The sharding of an array with these dimensions of `array`, None: not sharded.
-
-    Only on a mesh with explicit axes, where reshapes and products have to say how their
-    result is sharded; else None.
-    """
-    sharding = jax.typeof(array).sharding
-    if jax.sharding.AxisType.Explicit not in sharding.mesh.axis_types:
-        return None
-    spec = jax.P(*(None if d is None else sharding.spec[d] for d in dims))
-    return jax.sharding.NamedSharding(sharding.mesh, spec)
-
-
 def make_layout(
-    shape: Sequence[int],
-    *,
-    max_precond_dim: int,
-    merge_dims: bool,
-    precondition_1d: bool,
-    one_sided: bool,
-    block_size: int | None,
-    dimension_numbers: Any = None,
+    shape: Sequence[int], options: EigenbasisOptions, dimension_numbers: Any = None
 ) -> Layout:
-    """Plans a parameter; see `soap_optax.soap` for the options.
+    """Plans a parameter.
 
     Args:
       shape: the parameter's shape.
-      max_precond_dim: an axis of a block longer than this keeps the identity.
-      merge_dims: merge adjacent axes while their product is at most `max_precond_dim`.
-      precondition_1d: whether vectors have a factor.
-      one_sided: keep only the factor of the smallest axis of a block.
-      block_size: upper bound of a block's side, None for whole axes.
-      dimension_numbers: overrides the shape rule (merging, vectors) where not None.
+      options: all of them, of which those about axes, factors and blocks are read.
+      dimension_numbers: those of this parameter, or None; they override the shape rule
+        (merging, vectors).
 
     Returns:
       The `Layout`.
@@ -270,18 +156,20 @@ def make_layout(
       ValueError: if `dimension_numbers` repeats an axis or names one that is not there.
     """
     shape = tuple(shape)
+    longest = options["max_precond_dim"]
+    longest = DEFAULT_MAX_PRECOND_DIM if longest is None else longest
     if dimension_numbers is not None:
         groups = _named_groups(shape, dimension_numbers)
-    elif len(shape) == 1 and not precondition_1d:
+    elif len(shape) == 1 and not options["precondition_1d"]:
         groups = []
-    elif merge_dims and len(shape) > 1:
-        groups = _merged_groups(shape, max_precond_dim)
+    elif options["merge_dims"] and len(shape) > 1:
+        groups = _merged_groups(shape, longest)
     else:
         groups = [(axis,) for axis in range(len(shape))]
     sizes = [math.prod(shape[axis] for axis in group) for group in groups]
-    blocks = [_block(size, block_size) for size in sizes]
-    factored = [1 < block <= max_precond_dim for block in blocks]
-    if one_sided and any(factored):
+    blocks = [_block(size, options["block_size"]) for size in sizes]
+    factored = [1 < block <= longest for block in blocks]
+    if options["one_sided"] and any(factored):
         smallest = min(
             (i for i, has_factor in enumerate(factored) if has_factor),
             key=blocks.__getitem__,
@@ -364,20 +252,18 @@ def _named_groups(
     return [tuple(sorted(axis % rank for axis in group)) for group in groups]
 
 
-def _merged_groups(
-    shape: tuple[int, ...], max_precond_dim: int
-) -> list[tuple[int, ...]]:
+def _merged_groups(shape: tuple[int, ...], longest: int) -> list[tuple[int, ...]]:
     """Adjacent axes, merged from the left while the product allows it, as published."""
     groups: list[tuple[int, ...]] = []
     run: tuple[int, ...] = ()
     for axis, size in enumerate(shape):
         merged = math.prod(shape[member] for member in run)
-        if merged * size <= max_precond_dim or merged == 1:
+        if merged * size <= longest or merged == 1:
             run = (*run, axis)
         else:
             groups.append(run)
             run = (axis,)
-        if size > max_precond_dim and run:
+        if size > longest and run:
             groups.append(run)
             run = ()
     return [*groups, run] if run else groups

@@ -1,0 +1,352 @@
+"""Which arrays of an inner state change basis at a refresh, and which stay.
+
+An array is *linear* if it turns with the gradient: a first moment, a sum of gradients,
+a copy of the parameters. A refresh has to change its basis. It is *coordinatewise* if
+its entries belong to coordinates, as second moments and step sizes do; then it stays.
+The user says which it is, in `Words`, by the name of the field; where the user says
+nothing, the table `_KNOWN` says it, by the innermost state of optax that holds the
+array. If neither knows an array that is like a parameter, it is refused.
+
+The *owner* of an array is the parameter in whose path the array's path ends. Its *name*
+is the attribute or the key in a dict just before that, indices of sequences left out.
+An array is *like* a parameter if its owner has factors, or if it is in no shape of its
+owner and has as many entries as a parameter with factors, or as all parameters.
+
+The states of optax are identified by the names of their classes and of the package,
+because not all of these classes are public, and some versions of optax lack some.
+"""
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from soap_optax.parameters._tree import Leaf
+
+
+class Words(NamedTuple):
+    """Says by the names of fields what the arrays in these fields are.
+
+    Attributes:
+      first_moments: fields that are linear.
+      coordinatewise: fields that stay.
+    """
+
+    first_moments: tuple[str, ...] = ()
+    coordinatewise: tuple[str, ...] = ()
+
+
+_KNOWN = {
+    "ApplyEvery": Words(("grad_acc",)),
+    "COCOBState": Words(
+        ("init_particles", "cumulative_gradients"),
+        ("scale", "subgradients", "reward"),
+    ),
+    "DAdaptAdamWState": Words(("exp_avg", "grad_sum"), ("exp_avg_sq",)),
+    "DoGState": Words(("init_params",)),
+    "DoWGState": Words(("init_params",)),
+    "EmaState": Words(("ema",)),
+    "FactoredState": Words((), ("v_row", "v_col", "v")),
+    "FactorizedAdamState": Words(("mu",), ("nu",)),
+    "InjectHyperparamsState": Words((), ("hyperparams",)),
+    "InjectStatefulHyperparamsState": Words((), ("hyperparams", "hyperparams_states")),
+    "MadgradState": Words(("s", "x0"), ("grad_sum_sq",)),
+    "MechanicState": Words(("x0",), ("r", "m", "v", "s")),
+    "MomoAdamState": Words(("exp_avg",), ("exp_avg_sq",)),
+    "MomoState": Words(("exp_avg",)),
+    "MultiStepsState": Words(("acc_grads",)),
+    "MuonState": Words(("mu",), ("ns_coeffs",)),
+    "ProdigyState": Words(("exp_avg", "grad_sum", "params0"), ("exp_avg_sq",)),
+    "SAMState": Words(("cache",)),
+    "ScaleByAdaDeltaState": Words((), ("e_g", "e_x")),
+    "ScaleByAdamState": Words(("mu",), ("nu",)),
+    "ScaleByAdanState": Words(("m", "v", "g"), ("n",)),
+    "ScaleByAdemamixState": Words(("m1", "m2"), ("nu",)),
+    "ScaleByAmsgradState": Words(("mu",), ("nu", "nu_max")),
+    "ScaleByBeliefState": Words(("mu",), ("nu",)),
+    "ScaleByDistanceOverGradientsState": Words(
+        ("init_params",), ("max_dist", "grad_sum_of_squares")
+    ),
+    "ScaleByLBFGSState": Words(
+        ("params", "updates", "diff_params_memory", "diff_updates_memory"),
+        ("weights_memory",),
+    ),
+    "ScaleByLionState": Words(("mu",)),
+    "ScaleByNovogradState": Words(("mu",), ("nu",)),
+    "ScaleByOptimisticGradientState": Words(("previous_gradient",)),
+    "ScaleByRmsState": Words((), ("nu",)),
+    "ScaleByRmsWithCountState": Words((), ("nu",)),
+    "ScaleByRpropState": Words(("prev_updates",), ("step_sizes",)),
+    "ScaleByRssState": Words((), ("sum_of_squares",)),
+    "ScaleBySM3State": Words(("nu",), ("mu",)),  # nu is the mean of its updates
+    "ScaleBySimplifiedAdEMAMixState": Words(("m",), ("n",)),
+    "ScheduleFreeState": Words(("z",)),
+    "ShampooRootsState": Words(("mu",)),
+    "SophiaState": Words(("mu",), ("nu",)),
+    "TraceState": Words(("trace",)),
+}
+
+_CALLS = "it calls a function of the parameters, which would get projected ones"
+
+# States that no words can admit, and why.
+_REFUSED = {
+    "DifferentiallyPrivateAggregateState": "it needs the gradients of single examples",
+    "EigenbasisState": "it projects gradients itself",
+    "GaLoreState": "it projects gradients itself",
+    "HutchinsonState": _CALLS,
+    "LookaheadState": "it needs optax.LookaheadParams, so it belongs outside",
+    "MonitorState": "the first step changes its structure, so it belongs outside",
+    "ScaleByBacktrackingLinesearchState": _CALLS,
+    "ScaleByZoomLinesearchState": _CALLS,
+}
+
+
+class _Entry(NamedTuple):
+    """One array of an inner state.
+
+    Attributes:
+      path: its keys in the state.
+      array: an array, or anything with a shape and a dtype.
+      names: its name, if it has an owner and a name; all names on its path, the last
+        one first, if it has no owner.
+      owner: the index of its owner, or None.
+      linear: whether it is; None if neither the words nor the table say it.
+    """
+
+    path: tuple[Any, ...]
+    array: Any
+    names: list[str]
+    owner: int | None
+    linear: bool | None
+
+
+def check_inner_state(
+    inner_state: optax.OptState, leaves: Sequence[Leaf], words: Words
+) -> None:
+    """Requires that it is known of all arrays whether a refresh changes their basis.
+
+    Args:
+      inner_state: what the inner transformation makes of the parameters.
+      leaves: the parameters.
+      words: what the user says.
+
+    Raises:
+      ValueError: for an array that is like a parameter with factors and not known, or
+        linear and in another shape; for a word that names no field or stands in both
+        tuples; for a state that cannot work on projected parameters.
+    """
+    shapes = [leaf.layout.shape for leaf in leaves]
+    sizes = {math.prod(leaf.layout.shape) for leaf in leaves if leaf.layout.has_factors}
+    if not sizes:
+        return
+    sizes.add(sum(map(math.prod, shapes)))  # of all parameters, as in optax.flatten
+    _check_states(inner_state)
+    entries = [e for e in _entries(inner_state, leaves, words) if _is_inexact(e.array)]
+    _check_words(words, entries)
+    for entry in entries:
+        leaf = None if entry.owner is None else leaves[entry.owner]
+        shape, size = entry.array.shape, math.prod(entry.array.shape)
+        fits = leaf is not None and shape == leaf.layout.shape
+        # An empty path is the end of every path: then only the shape can tell.
+        if leaf is not None and (fits or leaf.path):
+            is_like = leaf.layout.has_factors or (size in sizes and not fits)
+        else:
+            is_like = size in sizes or bool(entry.linear)
+        if is_like and (entry.linear is None or (entry.linear and not fits)):
+            raise ValueError(_complaint(inner_state, entry, leaf, fits))
+
+
+def check_shapes(
+    inner_state: optax.OptState,
+    leaves: Sequence[Leaf],
+    words: Words,
+    init: Callable[[], optax.OptState],
+) -> None:
+    """Raises a `ValueError` naming a parameter whose first moment has another shape.
+
+    The shape must be that of the parameter, or what `init` would make it: a parameter
+    without factors may have first moments of another shape.
+    """
+    others = [
+        (position, leaves[entry.owner], jnp.shape(entry.array))
+        for position, entry in enumerate(_entries(inner_state, leaves, words))
+        if entry.owner is not None
+        and entry.linear
+        and jnp.shape(entry.array) != leaves[entry.owner].layout.shape
+    ]
+    expected = jax.tree.leaves(jax.eval_shape(init)) if others else []
+    for position, leaf, shape in others:
+        if expected[position].shape != shape:
+            raise ValueError(
+                f"{leaf.name} must have the shape for which init made the state: an "
+                f"update of shape {leaf.layout.shape} needs a first moment of shape "
+                f"{expected[position].shape}, got {shape}"
+            )
+
+
+def split_first_moments(
+    inner_state: optax.OptState, leaves: Sequence[Leaf], words: Words
+) -> tuple[
+    list[list[jax.Array]], Callable[[Sequence[Sequence[jax.Array]]], optax.OptState]
+]:
+    """Takes the linear arrays that have the shape of their owner out of a state.
+
+    Returns:
+      For each leaf its arrays, and a function that makes the state with others.
+    """
+    treedef: Any
+    values, treedef = jax.tree.flatten(inner_state)
+    positions: list[list[int]] = [[] for _ in leaves]
+    for position, entry in enumerate(_entries(inner_state, leaves, words)):
+        owner, shape = entry.owner, jnp.shape(entry.array)
+        if owner is not None and entry.linear and shape == leaves[owner].layout.shape:
+            positions[owner].append(position)
+
+    def merge(moments: Sequence[Sequence[jax.Array]]) -> optax.OptState:
+        changed = list(values)
+        for of_leaf, arrays in zip(positions, moments, strict=True):
+            for position, array in zip(of_leaf, arrays, strict=True):
+                changed[position] = array
+        return treedef.unflatten(changed)
+
+    return [[values[i] for i in of_leaf] for of_leaf in positions], merge
+
+
+def _entries(
+    inner_state: optax.OptState, leaves: Sequence[Leaf], words: Words
+) -> Iterator[_Entry]:
+    """Goes through the arrays of the state, in the order of `jax.tree.leaves`."""
+    index = {leaf.path: i for i, leaf in enumerate(leaves)}
+    for path, array, known, field in _arrays(inner_state):
+        # The longest end comes first: a parameter's path may end in another's.
+        start = next((k for k in range(len(path) + 1) if path[k:] in index), None)
+        names = [name for key in path[:start][::-1] if (name := _name(key)) is not None]
+        if start is not None:
+            names = names[:1]
+        linear = _says(words, names)
+        if linear is None:
+            linear = _says(known, [field])
+        owner = None if start is None else index[path[start:]]
+        yield _Entry(path, array, names, owner, linear)
+
+
+def _arrays(
+    node: Any, path: tuple[Any, ...] = ()
+) -> Iterator[tuple[tuple[Any, ...], Any, Words, str]]:
+    """Gives paths and arrays, each with its field and the words on its state."""
+    is_other = lambda other: other is not node and _is_known(other)  # noqa: E731
+    known = _KNOWN[type(node).__name__] if _is_known(node) else Words()
+    for end, child in jax.tree_util.tree_flatten_with_path(node, is_leaf=is_other)[0]:
+        if _is_known(child):
+            yield from _arrays(child, (*path, *end))
+        else:
+            field = _name(end[0]) if end else None
+            yield (*path, *end), child, known, field or ""
+
+
+def _is_known(node: Any, table: Any = _KNOWN) -> bool:
+    """Says whether a node is a state of optax, or of this library, in the table."""
+    package = type(node).__module__.partition(".")[0]
+    return package in ("optax", "soap_optax") and type(node).__name__ in table
+
+
+def _name(key: Any) -> str | None:
+    """Gives the attribute or the key in a dict, and None for an index."""
+    if isinstance(key, jax.tree_util.GetAttrKey):
+        return key.name
+    return str(key.key) if isinstance(key, jax.tree_util.DictKey) else None
+
+
+def _says(words: Words, names: Sequence[str]) -> bool | None:
+    """Says whether the words call it linear; None if they do not name it."""
+    for name in names:
+        if name in words.first_moments or name in words.coordinatewise:
+            return name in words.first_moments
+    return None
+
+
+def _is_inexact(array: Any) -> bool:
+    """Says whether it is a floating-point or complex array with axes and entries."""
+    dtype, shape = getattr(array, "dtype", None), getattr(array, "shape", ())
+    has_entries = len(shape) > 0 and 0 not in shape
+    return dtype is not None and jnp.issubdtype(dtype, jnp.inexact) and has_entries
+
+
+def _refusal(node: Any) -> str | None:
+    """Says why a node of the state can be in no eigenbasis; None if it can."""
+    if _is_known(node, ("SAMState",)) and node.cache is None:  # its opaque mode
+        return _CALLS
+    return _REFUSED[type(node).__name__] if _is_known(node, _REFUSED) else None
+
+
+def _check_states(inner_state: optax.OptState) -> None:
+    """Raises a `ValueError` naming a state that no words can admit."""
+    is_refused = lambda node: _refusal(node) is not None  # noqa: E731
+    for node in jax.tree.leaves(inner_state, is_leaf=is_refused):
+        if is_refused(node):
+            raise ValueError(
+                f"inner must not have a {type(node).__name__} where a parameter has "
+                f"factors: {_refusal(node)}"
+            )
+
+
+def _check_words(words: Words, entries: Sequence[_Entry]) -> None:
+    """Raises a `ValueError` naming a word without a field, or one that stands twice."""
+    fields = sorted({name for entry in entries for name in entry.names})
+    for argument, names in words._asdict().items():
+        for name in names:
+            if name not in fields:
+                raise ValueError(
+                    f"{argument} must name fields of the inner state with arrays, "
+                    f"which are {', '.join(map(repr, fields)) or 'none'}, got {name!r}"
+                )
+            if name in words.first_moments and name in words.coordinatewise:
+                raise ValueError(
+                    f"{name!r} must not stand both in first_moments and in "
+                    "coordinatewise"
+                )
+
+
+def _complaint(
+    inner_state: optax.OptState, entry: _Entry, leaf: Leaf | None, fits: bool
+) -> str:
+    """Words the error about an array that is not admitted."""
+    holder = _holder(inner_state, entry.path)
+    belongs = "that belongs to no parameter by its path"
+    if leaf is not None:
+        belongs = f"of parameter {leaf.name}, of shape {leaf.layout.shape}"
+    where = f"the array {jax.tree_util.keystr(entry.path)} of shape {entry.array.shape}"
+    what = f"{where} in {holder}, {belongs},"
+    if not entry.names:
+        return (
+            f"in_eigenbasis does not know whether {what} changes basis with the "
+            "gradient, and it is in no field that could be named: make the state a "
+            "NamedTuple or a dict"
+        )
+    stays = f"coordinatewise=({entry.names[0]!r},)"
+    if entry.linear:
+        return (
+            f"in_eigenbasis cannot change the basis of {what} which is linear in the "
+            "gradient, because it has not the path and the shape of a parameter; only "
+            f"if it may stay as it is, say {stays}"
+        )
+    changes = f"say first_moments=({entry.names[0]!r},) if it is linear in it, or "
+    return (
+        f"in_eigenbasis does not know whether {what} changes basis with the gradient; "
+        f"{changes if fits else 'say '}{stays} if its entries belong to coordinates"
+    )
+
+
+def _holder(inner_state: optax.OptState, path: Sequence[Any]) -> str:
+    """Names the class that has the last attribute on the path."""
+    node, name = inner_state, type(inner_state).__name__
+    for key in path:
+        if isinstance(key, jax.tree_util.GetAttrKey):
+            name = type(node).__name__
+        is_child = lambda child, node=node: child is not node  # noqa: E731
+        children = jax.tree_util.tree_flatten_with_path(node, is_leaf=is_child)[0]
+        node = dict(children)[(key,)]
+    return name

@@ -1,0 +1,1 @@
+"""Meshes of devices: where arrays lie, and how refreshes are spread over devices."""

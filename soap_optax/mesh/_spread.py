@@ -1,0 +1,469 @@
+"""Refreshes of parameters on a mesh of devices.
+
+Each device refreshes the blocks that it has of *aligned* parameters (see `_placement`),
+and there is no communication. All other parameters are *spread*: each of their factors
+is brought to one device, its *owner*, such that all devices have about the same to do,
+and its new eigenbasis is handed back. Both happen in one `jax.shard_map`, where what is
+brought is refreshed together with what is there.
+"""
+
+import collections
+import dataclasses
+import functools
+import itertools
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from soap_optax.mesh import _mesh, _placement
+from soap_optax.parameters._layout import layout_of_factors
+from soap_optax.parameters._tree import Leaf
+from soap_optax.refresh import _stacks
+from soap_optax.refresh._methods import Refreshed, RefreshMethod, Request
+from soap_optax.refresh._stacks import Bases, Refresh, Unit
+
+_Matrix = tuple[int, int, int]  # a unit, and the number of one of its matrices here
+
+
+def make_refresh(
+    leaves: Sequence[Leaf],
+    factors: Sequence[Any],
+    method: RefreshMethod,
+    request: Request,
+    count: int | None,
+) -> "Refresh | SpreadRefresh":
+    """A refresh of all parameters, on their mesh if their shardings are known.
+
+    Args:
+      leaves: the parameters.
+      factors: of each parameter, for each axis an array `[grid…, b, b]`, or None.
+      method: how eigenbases are refreshed.
+      request: what is asked of the method.
+      count: of slots, see `_stacks.make_slots`.
+    """
+    if any(leaf.sharding is None for leaf in leaves) or not leaves:
+        layouts = [leaf.layout for leaf in leaves]
+        slots = _stacks.make_slots(factors, count)
+        return Refresh(layouts, factors, [None] * len(leaves), method, request, slots)
+    with_factors = [i for i, leaf in enumerate(leaves) if leaf.layout.has_factors]
+    aligned = [i for i in with_factors if _placement.is_aligned(leaves[i])]
+    others = [i for i in with_factors if i not in aligned]
+    if count is None:  # They are cut by what a device has.
+        both = (_slots_by_shards(leaves, factors, some) for some in (aligned, others))
+        slots = [a + b for a, b in itertools.zip_longest(*both, fillvalue=[])]
+    else:  # They are the same on every mesh, since they decide what is refreshed when.
+        slots = _stacks.make_slots(factors, count)
+    spread = [[i for i in slot if i not in aligned] for slot in slots]
+    exchanges = [
+        exchange
+        for slot, members in enumerate(spread)
+        for exchange in _exchanges(leaves, factors, slot, members)
+    ]
+    return SpreadRefresh(leaves, factors, method, request, aligned, exchanges, slots)
+
+
+def _slots_by_shards(
+    leaves: Sequence[Leaf], factors: Sequence[Any], members: list[int]
+) -> list[list[int]]:
+    """Divides some parameters into slots by what one device has of their factors."""
+
+    def shard(array: Any, sharding: _mesh.NamedSharding | None) -> Any:
+        if array is None or sharding is None:
+            return None
+        return jax.ShapeDtypeStruct(sharding.shard_shape(array.shape), array.dtype)
+
+    shards = [
+        list(map(shard, factors[i], _placement.of_factors(leaves[i]))) for i in members
+    ]
+    return [[members[k] for k in slot] for slot in _stacks.make_slots(shards)]
+
+
+@dataclasses.dataclass(frozen=True)
+class _Exchange:
+    """Brings factors of one size, sharded alike, to their owners, and back.
+
+    Each matrix is cut by rows over some mesh axes, and along the mesh axes that do not
+    shard it, devices have the same. All these devices share the work. They are numbered
+    along the axes of the rows first. A device has a number of *rooms*, each for one
+    matrix; some rooms stay empty.
+
+    For example, three 4 × 4 matrices A, B, C on a mesh with axes x and y of size 2 are
+    cut by rows over x, and the same along y. Device 2x + y has rows 2x and 2x + 1 of
+    each. The owners of A, B, C are devices 0, 1, 2, so one room each is enough. Devices
+    with y = 0 pick from their rows what devices 0 and 2 own, [A, C], and those with
+    y = 1 pick what devices 1 and 3 own, [B, empty]. An all-to-all along x then gives
+    device 0 all rows of A, device 2 those of C, device 1 those of B. To hand back, the
+    all-to-all goes the other way, so that devices with y = 0 have their rows of [A, C]
+    and those with y = 1 of [B, empty]; an all-gather along y makes [A, C, B, empty] of
+    both, from which each takes A, B and C.
+
+    Arrays that are not cut by rows, as eigenvalues, are whole on every device. Then all
+    mesh axes count as those along which devices have the same.
+
+    Attributes:
+      slot: that in which they are refreshed.
+      rows: mesh axes by which their rows are sharded.
+      copies: mesh axes along which devices have the same.
+      sizes: of the mesh axes.
+      owners: of each matrix, the number of its owner and its room there.
+      rooms: how many a device has.
+    """
+
+    slot: int
+    rows: tuple[str, ...]
+    copies: tuple[str, ...]
+    sizes: Mapping[str, int]
+    owners: Mapping[_Matrix, tuple[int, int]]
+    rooms: int
+
+    @property
+    def units(self) -> list[Unit]:
+        """The units whose matrices are exchanged."""
+        return sorted({(i, axis) for i, axis, _ in self.owners})
+
+    def bring(self, parts: Mapping[Unit, jax.Array], *, by_rows: bool) -> jax.Array:
+        """Collects what this device owns, `[rooms, b, …]`, zeros in empty rooms.
+
+        Args:
+          parts: of each unit the part of its matrices on this device, `[n, …]`: some
+            rows of each if they are cut `by_rows`, else everything.
+          by_rows: whether they are.
+        """
+        rows, _ = self._axes(by_rows)
+        every = jnp.concatenate([parts[unit] for unit in self.units])
+        wanted = self._contents(by_rows)
+        mine = jnp.take(every, wanted, axis=0, mode="fill", fill_value=0)
+        if rows:
+            mine = jax.lax.all_to_all(mine, rows, split_axis=0, concat_axis=1)
+        return mine.reshape(self.rooms, -1, *every.shape[2:])
+
+    def hand_back(self, mine: jax.Array, *, by_rows: bool) -> dict[Unit, jax.Array]:
+        """Inverts `bring`."""
+        rows, copies = self._axes(by_rows)
+        parts = mine.reshape(self.rooms, self._count(rows), -1, *mine.shape[2:])
+        if rows:
+            parts = jax.lax.all_to_all(parts, rows, split_axis=1, concat_axis=0)
+        else:
+            parts = jnp.swapaxes(parts, 0, 1)
+        parts = jax.lax.all_gather(parts, copies) if copies else parts[None]
+        parts = parts.reshape(-1, *parts.shape[3:])
+        places = self._places(by_rows).items()
+        return {unit: jnp.take(parts, place, axis=0) for unit, place in places}
+
+    def is_filled(self) -> jax.Array:
+        """Which rooms of this device are not empty, `[rooms]`."""
+        count = len(self.owners)
+        return self._contents(by_rows=False)[0] < count
+
+    def _contents(self, by_rows: bool) -> jax.Array:
+        """What is in the rooms that this device fills, `[cuts, rooms]`.
+
+        These are places in the concatenated units; those of empty rooms are behind all.
+        """
+        rows, copies = self._axes(by_rows)
+        places = np.concatenate(list(self._places(by_rows).values()))
+        count, cuts = self._count(copies), self._count(rows)
+        contents = np.full(count * cuts * self.rooms, len(places))
+        contents[places] = np.arange(len(places))
+        everywhere = jnp.asarray(contents.reshape(count, cuts, self.rooms))
+        return everywhere[jax.lax.axis_index(copies) if copies else 0]
+
+    def _places(self, by_rows: bool) -> dict[Unit, np.ndarray[Any, Any]]:
+        """Where each matrix is in an array `[copies, cuts, rooms]`, counted through."""
+        rows, copies = self._axes(by_rows)
+        cuts, count = self._count(rows), self._count(copies)
+        places: dict[Unit, list[int]] = collections.defaultdict(list)
+        for (i, axis, _), (owner, room) in sorted(self.owners.items()):
+            cut, copy = divmod(owner, count)
+            places[i, axis].append((copy * cuts + cut) * self.rooms + room)
+        return {unit: np.asarray(place) for unit, place in places.items()}
+
+    def _axes(self, by_rows: bool) -> tuple[tuple[str, ...], tuple[str, ...]]:
+        return (self.rows, self.copies) if by_rows else ((), self.rows + self.copies)
+
+    def _count(self, axes: Sequence[str]) -> int:
+        return math.prod(self.sizes[axis] for axis in axes)
+
+
+@dataclasses.dataclass(frozen=True)
+class SpreadRefresh:
+    """A refresh of the eigenbases of all parameters on a mesh, used like `Refresh`.
+
+    Attributes:
+      leaves: the parameters; the sharding of each is known.
+      factors: of each parameter, for each axis an array `[grid…, b, b]`, or None.
+      method: how eigenbases are refreshed.
+      request: what is asked of the method.
+      aligned: the numbers of the aligned parameters.
+      exchanges: those of the factors of spread parameters.
+      slots: of each slot, the numbers of its parameters.
+    """
+
+    leaves: Sequence[Leaf]
+    factors: Sequence[Any]
+    method: RefreshMethod
+    request: Request
+    aligned: Sequence[int]
+    exchanges: Sequence[_Exchange]
+    slots: Sequence[Sequence[int]]
+
+    def run(self, bases: Bases, begin: Any, end: Any) -> Bases:
+        """Refreshes the slots from `begin` to `end`, changes the moments to them.
+
+        The moments of aligned parameters change basis on each device, slot by slot, as
+        the eigenbases are overwritten. Those of spread parameters change basis after
+        that, where they lie, for which all of the old eigenbases are kept so long.
+        """
+        if not self.slots:
+            return bases
+        aligned = [m if i in self.aligned else [] for i, m in enumerate(bases.moments)]
+        specs = self._specs(local := bases._replace(moments=aligned))
+        refresh = _mesh.on_each_device(
+            self._run_on_device,
+            mesh=_mesh_of(self.leaves),
+            in_specs=(jax.P(), jax.P(), jax.P(), specs.eigenbases, specs),
+            out_specs=specs,
+        )
+        scalars = self.request.scalars()
+        slots = jnp.asarray(begin), jnp.asarray(end)
+        new = Bases(*refresh(*slots, scalars, list(self.factors), local))
+        moments = list(bases.moments)
+        for i in self.aligned:
+            moments[i] = new.moments[i]
+        new = new._replace(moments=moments)
+        for slot, members in enumerate(self.slots):
+            spread = [i for i in members if i not in self.aligned]
+            if spread:
+                adopt = functools.partial(self._adopt, spread)
+                adopt = self._if_due(slot, begin, end, adopt, lambda old, _: old)
+                adopted = adopt(bases.take(spread), new.take(spread))
+                new = new.put(spread, adopted)
+        return new
+
+    def _run_on_device(
+        self,
+        begin: jax.Array,
+        end: jax.Array,
+        scalars: dict[str, Any],
+        factors: list[Any],
+        bases: Bases,
+    ) -> Bases:
+        """Refreshes the eigenbases of what one device has or owns.
+
+        It is a `Refresh` of the aligned parameters and, behind them in its lists, of
+        the factors in each exchange as if these were a parameter.
+        """
+        bases = Bases(*bases)
+        mine = bases.take(self.aligned)
+        layouts = [_placement.local_layout(self.leaves[i]) for i in self.aligned]
+        all_factors = [factors[i] for i in self.aligned]
+        for exchange in self.exchanges:
+            bring = functools.partial(_bring, exchange)
+            none = functools.partial(_zeros_like_result, bring)
+            bring = self._if_due(exchange.slot, begin, end, bring, none)
+            factor, brought = bring(factors, bases)
+            layouts.append(layout_of_factors(*factor.shape[:2]))
+            all_factors.append([factor])
+            mine = Bases(*([*a, b] for a, b in zip(mine, brought, strict=True)))
+        refresh = Refresh(
+            layouts,
+            all_factors,
+            [None] * len(self.aligned) + [e.is_filled() for e in self.exchanges],
+            self.method,
+            dataclasses.replace(self.request, **scalars),
+            self._slots_on_device(),
+        )
+        mine = refresh.run(mine, begin, end)
+        count = len(self.aligned)
+        new = bases.put(self.aligned, mine.take(range(count)))
+        for number, exchange in enumerate(self.exchanges, count):
+            hand_back = functools.partial(_hand_back, exchange)
+            keep = lambda new, _: new  # noqa: E731
+            hand_back = self._if_due(exchange.slot, begin, end, hand_back, keep)
+            new = hand_back(new, Bases(*(entries[number] for entries in mine)))
+        return new
+
+    def _slots_on_device(self) -> list[list[int]]:
+        """The slots of the `Refresh` on a device, by the numbers in its lists."""
+        place = {i: number for number, i in enumerate(self.aligned)}
+        slots = [[place[i] for i in slot if i in place] for slot in self.slots]
+        for number, exchange in enumerate(self.exchanges, len(self.aligned)):
+            slots[exchange.slot].append(number)
+        return slots
+
+    def _adopt(self, members: Sequence[int], old: Bases, new: Bases) -> Bases:
+        """Adopts new eigenbases, as stored, and changes the moments to them."""
+
+        def refreshed(basis: Any, eigenvalues: Any, skipped: Any, before: Any) -> Any:
+            if basis is None:
+                return None
+            return Refreshed(basis, eigenvalues, (skipped == before)[..., 0])
+
+        def adopt(leaf: Leaf, before: Bases, after: Bases) -> Bases:
+            found = map(
+                refreshed,
+                after.eigenbases,
+                after.eigenvalues,
+                after.skipped,
+                before.skipped,
+            )
+            whole = [_placement.for_blocks(moment, leaf) for moment in before.moments]
+            before = before._replace(moments=whole)
+            precision = self.request.precision
+            adopted = _stacks.adopt(list(found), leaf.layout, before, precision)
+            moments = [_placement.like_parameter(m, leaf) for m in adopted.moments]
+            return adopted._replace(moments=moments)
+
+        entries = zip(
+            members, zip(*old, strict=True), zip(*new, strict=True), strict=True
+        )
+        adopted = [adopt(self.leaves[i], Bases(*a), Bases(*b)) for i, a, b in entries]
+        return Bases(*map(list, zip(*adopted, strict=True)))
+
+    def _if_due(self, slot: int, begin: Any, end: Any, do: Any, keep: Any) -> Any:
+        """`do` or, where other slots are refreshed, `keep`."""
+        if len(self.slots) == 1:
+            return do
+        is_due = jnp.logical_and(begin <= slot, slot < end).astype(jnp.int32)
+        return lambda *operands: jax.lax.switch(is_due, [keep, do], *operands)
+
+    def _specs(self, bases: Bases) -> Bases:
+        """How the bases are sharded."""
+
+        def specs(shardings_of: Any) -> list[Any]:
+            return [[s and s.spec for s in shardings_of(leaf)] for leaf in self.leaves]
+
+        vectors = specs(_placement.of_vectors)
+        matrices = specs(_placement.of_factors)
+        moments = [
+            [_placement.spec_and_sizes(leaf)[0] for _ in of_leaf]
+            for leaf, of_leaf in zip(self.leaves, bases.moments, strict=True)
+        ]
+        return Bases(matrices, vectors, vectors, moments)
+
+
+def _mesh_of(leaves: Sequence[Leaf]) -> Any:
+    return leaves[0].sharding.mesh  # type: ignore[union-attr]
+
+
+def _zeros_like_result(function: Any, *operands: Any) -> Any:
+    """Zeros in the place of what the function would make of the operands."""
+    return jax.tree.map(jnp.zeros_like, jax.eval_shape(function, *operands))
+
+
+def _bring(
+    exchange: _Exchange, factors: list[Any], bases: Bases
+) -> tuple[jax.Array, list[Any]]:
+    """What this device owns: factors, and for each list of `Bases` an entry."""
+
+    def one(entries: list[Any], rank: int) -> jax.Array:
+        parts = {}
+        for i, axis in exchange.units:
+            array = entries[i][axis]
+            parts[i, axis] = array.reshape(-1, *array.shape[-rank:])
+        return exchange.bring(parts, by_rows=rank == 2)
+
+    eigenbases = one(bases.eigenbases, 2)
+    eigenvalues, skipped = one(bases.eigenvalues, 1), one(bases.skipped, 1)
+    return one(factors, 2), [[eigenbases], [eigenvalues], [skipped], []]
+
+
+def _hand_back(exchange: _Exchange, bases: Bases, mine: Bases) -> Bases:
+    """The bases, with what devices own put where it came from."""
+
+    def one(entries: list[Any], owned: jax.Array, by_rows: bool) -> list[Any]:
+        changed = [entry and list(entry) for entry in entries]
+        for (i, axis), part in exchange.hand_back(owned, by_rows=by_rows).items():
+            changed[i][axis] = part.reshape(entries[i][axis].shape)
+        return changed
+
+    return Bases(
+        one(bases.eigenbases, mine.eigenbases[0], by_rows=True),
+        one(bases.eigenvalues, mine.eigenvalues[0], by_rows=False),
+        one(bases.skipped, mine.skipped[0], by_rows=False),
+        bases.moments,
+    )
+
+
+class _Kind(NamedTuple):
+    """What factors have in common that can share an `_Exchange`."""
+
+    size: int
+    dtype: Any
+    rows: tuple[str, ...]
+    copies: tuple[str, ...]
+
+
+def _exchanges(
+    leaves: Sequence[Leaf], factors: Sequence[Any], slot: int, members: list[int]
+) -> list[_Exchange]:
+    """Gives the matrices of spread parameters to the devices, the largest first.
+
+    Each goes to the device with the least to do of those that have a part of it.
+    """
+    matrices = [
+        (kind, (i, axis, number))
+        for i in members
+        for axis, sharding in enumerate(_placement.of_factors(leaves[i]))
+        if sharding is not None
+        for kind, count in [_kind(factors[i][axis], sharding)]
+        for number in range(count)
+    ]
+    sizes = _mesh_of(leaves).shape
+    load = np.zeros([*sizes.values()])
+    owners: dict[_Kind, dict[_Matrix, tuple[int, int]]] = {}
+    rooms: collections.Counter[tuple[_Kind, int]] = collections.Counter()
+    for kind, matrix in sorted(matrices, key=lambda entry: -entry[0].size):
+        shared = [list(sizes).index(name) for name in (*kind.rows, *kind.copies)]
+        owner = _give_to_idlest(load, shared, kind.size**3)
+        owners.setdefault(kind, {})[matrix] = owner, rooms[kind, owner]
+        rooms[kind, owner] += 1
+    return [
+        _Exchange(
+            slot,
+            kind.rows,
+            kind.copies,
+            sizes,
+            of_kind,
+            rooms=1 + max(room for _, room in of_kind.values()),
+        )
+        for kind, of_kind in owners.items()
+    ]
+
+
+def _give_to_idlest(
+    load: np.ndarray[Any, Any], shared: Sequence[int], cost: float
+) -> int:
+    """Adds a cost to the load of the device that has the least to do.
+
+    Args:
+      load: of each device of the mesh, changed in place.
+      shared: the axes of the mesh along which devices share the work. Along the other
+        axes devices do the same at the same time, each for its own shards.
+      cost: what is to be done.
+
+    Returns:
+      The number of the device, counted along the shared axes in their order.
+    """
+    others = tuple(d for d in range(load.ndim) if d not in shared)
+    busiest = load.max(axis=others, keepdims=True).transpose(*shared, *others)
+    owner = int(np.argmin(busiest))
+    counts = [load.shape[axis] for axis in shared]
+    where: list[Any] = [slice(None)] * load.ndim
+    for axis, index in zip(shared, np.unravel_index(owner, counts), strict=True):
+        where[axis] = int(index)
+    load[tuple(where)] += cost
+    return owner
+
+
+def _kind(factor: jax.Array, sharding: _mesh.NamedSharding) -> tuple[_Kind, int]:
+    """The kind of the factors of one axis, and how many of them a device has."""
+    *grid, rows, _ = map(_mesh.names, sharding.spec)
+    used = {*rows, *(name for entry in grid for name in entry)}
+    copies = tuple(name for name in sharding.mesh.axis_names if name not in used)
+    *count, _, size = sharding.shard_shape(factor.shape)
+    return _Kind(size, factor.dtype, rows, copies), math.prod(count)

@@ -1,0 +1,1 @@
+"""Parameters: the plan of a shape, and the plans of a tree."""

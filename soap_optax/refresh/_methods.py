@@ -1,0 +1,432 @@
+"""Methods of refreshing eigenbases: mathematics on matrices `[..., b, b]`.
+
+A factor M is symmetric and positive semi-definite. Its eigenbasis Q is orthonormal and
+has approximate eigenvectors for columns. The *Rayleigh quotient* q^T M q of a column q
+estimates its eigenvalue.
+
+A method is a class with one function, `RefreshMethod.refresh`. To add one, write the
+class and enter it in `METHODS`.
+"""
+
+import abc
+import dataclasses
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from soap_optax import _arguments
+from soap_optax._dtypes import at_least_float32
+
+
+class Refreshed(NamedTuple):
+    """What a refresh makes of eigenbases.
+
+    Attributes:
+      eigenbases: the new ones, `[..., b, b]`. Each column stands where the column stood
+        that it continues.
+      eigenvalues: estimates that belong to the new ones, `[..., b]`.
+      is_new: which are sound, `[...]`; the others may hold anything.
+    """
+
+    eigenbases: jax.Array
+    eigenvalues: jax.Array
+    is_new: jax.Array
+
+
+@dataclasses.dataclass(frozen=True)
+class Request:
+    """What is asked of every method.
+
+    Attributes:
+      decompose: whether to find the eigenvectors of the factors by decomposition, as at
+        the first step, when nothing is known of them. False if that is never asked.
+      tolerance: an eigenbasis Q may stay while the norm of the off-diagonal part of
+        Q^T M Q is at most this share of that of M; None: never.
+      precision: of the products of matrices.
+    """
+
+    decompose: jax.Array | bool = False
+    tolerance: jax.typing.ArrayLike | None = None
+    precision: Any = jax.lax.Precision.HIGHEST
+
+    def scalars(self) -> dict[str, jax.Array]:
+        """The attributes that are arrays, by name.
+
+        They have to be operands of functions that see only a part of a mesh, which on
+        explicit axes may not close over arrays (jax-ml/jax#29162). With
+        `dataclasses.replace` they are put back.
+        """
+        values = {"decompose": self.decompose, "tolerance": self.tolerance}
+        return {k: v for k, v in values.items() if isinstance(v, jax.Array)}
+
+
+class RefreshMethod(abc.ABC):
+    """A method of refreshing eigenbases, with parameters of its own.
+
+    Subclasses are frozen dataclasses.
+    """
+
+    @abc.abstractmethod
+    def refresh(
+        self,
+        factors: jax.Array,
+        eigenbases: jax.Array,
+        wanted: jax.Array,
+        request: Request,
+    ) -> Refreshed:
+        """Refreshes eigenbases together.
+
+        Args:
+          factors: `[n, ..., b, b]`.
+          eigenbases: of these factors, `[n, ..., b, b]`.
+          wanted: which of them are to be refreshed, `[n, ...]`.
+          request: what else is asked.
+
+        Returns:
+          The new ones; none is new that is not wanted.
+        """
+
+
+@dataclasses.dataclass(frozen=True)
+class QR(RefreshMethod):
+    """One power step M Q and a QR decomposition by Householder's method, as published.
+
+    See Vyas et al., "SOAP: Improving and Stabilizing Shampoo using Adam",
+    https://arxiv.org/abs/2409.11321, Algorithm 4.
+    """
+
+    def refresh(
+        self,
+        factors: jax.Array,
+        eigenbases: jax.Array,
+        wanted: jax.Array,
+        request: Request,
+    ) -> Refreshed:
+        return _by_power_step(_householder, factors, eigenbases, wanted, request)
+
+
+@dataclasses.dataclass(frozen=True)
+class CholeskyQR(RefreshMethod):
+    """What `QR` does, up to round-off, from products of matrices: for GPU and TPU.
+
+    Matrices for which it fails are decomposed by Householder's method.
+
+    Attributes:
+      passes: at most so many factorizations are tried; see `_cholesky`.
+    """
+
+    passes: int = 6
+
+    def __post_init__(self) -> None:
+        _arguments.integer(1)("passes", self.passes)
+
+    def refresh(
+        self,
+        factors: jax.Array,
+        eigenbases: jax.Array,
+        wanted: jax.Array,
+        request: Request,
+    ) -> Refreshed:
+        def orthonormalize(rows: jax.Array, to_do: jax.Array) -> _Orthonormal:
+            return _cholesky_or_householder(rows, to_do, self.passes)
+
+        return _by_power_step(orthonormalize, factors, eigenbases, wanted, request)
+
+
+@dataclasses.dataclass(frozen=True)
+class Eigh(RefreshMethod):
+    """A decomposition of M at every refresh."""
+
+    def refresh(
+        self,
+        factors: jax.Array,
+        eigenbases: jax.Array,
+        wanted: jax.Array,
+        request: Request,
+    ) -> Refreshed:
+        request = dataclasses.replace(request, decompose=True)
+        return _by_power_step(_householder, factors, eigenbases, wanted, request)
+
+
+METHODS: dict[str, RefreshMethod] = {
+    "qr": QR(),
+    "cholesky_qr": CholeskyQR(),
+    "eigh": Eigh(),
+}
+
+
+def rule(name: str, value: Any) -> None:
+    """A rule for arguments: a `RefreshMethod`, or the name of one."""
+    names = [*METHODS]
+    listed = f"{' or '.join(map(repr, names))} or a soap_optax.RefreshMethod"
+    holds = isinstance(value, RefreshMethod) or value in names
+    _arguments.require(name, value, listed, holds)
+
+
+def method_of(value: str | RefreshMethod) -> RefreshMethod:
+    """The method of which this is the name, or which it is."""
+    return METHODS[value] if isinstance(value, str) else value
+
+
+# Orthonormal rows, and the size of the part of each row that was orthogonal to those
+# before it, `[..., b]`.
+_Orthonormal = tuple[jax.Array, jax.Array]
+
+
+class PowerStep(NamedTuple):
+    """The power step M Q of a factor M and its eigenbasis Q, and its eigenvalues.
+
+    Attributes:
+      rows: M Q, transposed, over the largest Rayleigh quotient, `[..., b, b]`; where a
+        quotient is round-off, the column of Q.
+      quotients: the Rayleigh quotients of the columns of Q, over the largest, 0 where
+        they are round-off, `[..., b]`.
+      largest: of the quotients, or 1 where all are zero, `[..., 1]`.
+      off_diagonal: norm of the off-diagonal part of Q^T M Q over that of M, `[...]`.
+    """
+
+    rows: jax.Array
+    quotients: jax.Array
+    largest: jax.Array
+    off_diagonal: jax.Array
+
+
+def power_step(factors: jax.Array, eigenbases: jax.Array, precision: Any) -> PowerStep:
+    """Takes the power step M Q, whose columns are nearly multiples of those of Q.
+
+    Args:
+      factors: symmetric positive semi-definite, `[..., b, b]`.
+      eigenbases: orthonormal columns, `[..., b, b]`.
+      precision: of the product M Q.
+    """
+    matrix, basis = at_least_float32(factors), at_least_float32(eigenbases)
+    products = jnp.einsum("...ki,...kl->...il", basis, matrix, precision=precision)
+    basis = _transposed(basis)
+    quotients = jnp.sum(basis * products, axis=-1)
+    largest = jnp.max(quotients, axis=-1, keepdims=True)
+    largest = jnp.where(largest > 0, largest, 1)
+    quotients, products = quotients / largest, products / largest[..., None]
+    is_null = quotients <= _null_share(matrix)
+    quotients = jnp.where(is_null, 0, quotients)
+    norm = _norm(products)
+    residual = _norm(products - quotients[..., None] * basis)
+    return PowerStep(
+        rows=jnp.where(is_null[..., None], basis, products),
+        quotients=quotients,
+        largest=largest,
+        off_diagonal=residual / jnp.where(norm > 0, norm, 1),
+    )
+
+
+def quality(
+    factors: jax.Array, eigenbases: jax.Array, precision: Any
+) -> tuple[jax.Array, jax.Array]:
+    """How well conditioned factors are, and how well eigenbases diagonalize them.
+
+    Returns:
+      Largest over smallest diagonal entry of Q^T M Q, infinite where the smallest is
+      round-off, and the norm of its off-diagonal part over that of M, both `[...]`.
+    """
+    step = power_step(factors, eigenbases, precision)
+    low = step.quotients.min(axis=-1)
+    condition = jnp.where(low > 0, 1 / jnp.where(low > 0, low, 1), jnp.inf)
+    return condition, step.off_diagonal
+
+
+def angles(eigenbases: jax.Array, others: jax.Array) -> jax.Array:
+    """The angles between the lines along columns, in radians, `[..., b]`."""
+    basis, other = at_least_float32(eigenbases), at_least_float32(others)
+    is_opposite = jnp.sum(basis * other, axis=-2, keepdims=True) < 0
+    chords = basis - jnp.where(is_opposite, -other, other)
+    lengths = jnp.sqrt(jnp.sum(jnp.square(chords), axis=-2))
+    return 2 * jnp.arcsin(jnp.minimum(lengths / 2, 1))
+
+
+def is_orthonormal(matrix: jax.Array) -> jax.Array:
+    """Says of each `[..., b, b]` whether its columns are orthonormal, `[...]`.
+
+    Up to round-off, this is tried on one vector v of random signs: Q^T Q v = v.
+    """
+    signs = np.random.default_rng(0).choice([-1.0, 1.0], matrix.shape[-1])
+    vector = jnp.broadcast_to(jnp.asarray(signs, matrix.dtype), matrix.shape[:-1])
+    product = jnp.einsum("...ij,...j->...i", matrix, vector, precision="highest")
+    again = jnp.einsum("...ij,...i->...j", matrix, product, precision="highest")
+    residual = again - vector
+    tolerance = 1e4 * float(jnp.finfo(matrix.dtype).eps)
+    return jnp.all(jnp.abs(residual) <= tolerance, axis=-1)
+
+
+def _by_power_step(
+    orthonormalize: Callable[[jax.Array, jax.Array], _Orthonormal],
+    factors: jax.Array,
+    eigenbases: jax.Array,
+    wanted: jax.Array,
+    request: Request,
+) -> Refreshed:
+    """Takes a power step and makes its rows orthonormal, unless it is small enough.
+
+    Decompositions go through `orthonormalize` as well, so that a program has one QR
+    decomposition for both.
+    """
+    step = power_step(factors, eigenbases, request.precision)
+
+    def finish(to_do: jax.Array) -> Refreshed:
+        rows, sizes = _ranked(step, factors, to_do, request.decompose, orthonormalize)
+        is_new = to_do & is_orthonormal(rows)
+        return Refreshed(_transposed(rows), sizes * step.largest, is_new)
+
+    if request.tolerance is None:
+        return finish(wanted)
+    # Where the off-diagonal part is NaN, the eigenbasis is to do, and fails.
+    to_do = wanted & ~(step.off_diagonal <= request.tolerance)
+
+    def keep(to_do: jax.Array) -> Refreshed:
+        kept = at_least_float32(eigenbases)
+        return Refreshed(kept, jnp.zeros_like(step.quotients), to_do)
+
+    return jax.lax.cond(jnp.any(to_do), finish, keep, to_do)
+
+
+def _ranked(
+    step: PowerStep,
+    factors: jax.Array,
+    wanted: jax.Array,
+    decompose: jax.Array | bool,
+    orthonormalize: Callable[[jax.Array, jax.Array], _Orthonormal],
+) -> _Orthonormal:
+    """Makes rows orthonormal in the order of descending Rayleigh quotients.
+
+    They come back where they stood: a coordinate keeps its identity, and statistics
+    that are kept per coordinate stay valid.
+
+    Args:
+      step: the power step, whose rows are taken unless the factors are decomposed.
+      factors: `[n, ..., b, b]`.
+      wanted: which of the matrices are wanted, `[n, ...]`.
+      decompose: whether to take the eigenvectors of the factors, in the order of their
+        eigenvalues.
+      orthonormalize: makes rows orthonormal, each to those before it.
+
+    Returns:
+      The rows and their sizes, which are 0 where they are round-off.
+    """
+    order = jnp.argsort(step.quotients, axis=-1, descending=True)
+    operands = (step, factors, order)
+    if decompose is False:
+        rows, is_null = _sorted(*operands)
+    elif decompose is True:
+        rows, is_null = _eigenvectors(*operands)
+    else:
+        rows, is_null = jax.lax.cond(decompose, _eigenvectors, _sorted, *operands)
+    rows, sizes = orthonormalize(rows, wanted)
+    place = jnp.argsort(order, axis=-1)
+    sizes = jnp.take_along_axis(jnp.where(is_null, 0, sizes), place, axis=-1)
+    return _take_rows(rows, place), sizes
+
+
+def _sorted(
+    step: PowerStep, _: jax.Array, order: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """The rows of the step in an order, and whether their quotients are 0."""
+    quotients = jnp.take_along_axis(step.quotients, order, axis=-1)
+    return _take_rows(step.rows, order), quotients <= 0
+
+
+def _eigenvectors(
+    step: PowerStep, factors: jax.Array, order: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """Eigenvectors as rows, times their eigenvalues, in descending order.
+
+    Numerically null ones, which would be chosen by round-off, are left to those of the
+    identity that will stand in their place.
+    """
+    matrix = at_least_float32(factors) / step.largest[..., None]
+    values, vectors = (x[..., ::-1] for x in jnp.linalg.eigh(matrix))
+    is_null = values <= _null_share(matrix) * values[..., :1]
+    columns = jnp.arange(order.shape[-1], dtype=order.dtype)
+    columns = jnp.broadcast_to(columns, matrix.shape)
+    identity = (order[..., None] == columns).astype(matrix.dtype)
+    rows = _transposed(vectors) * values[..., None]
+    return jnp.where(is_null[..., None], identity, rows), is_null
+
+
+def _householder(rows: jax.Array, _: Any = None) -> _Orthonormal:
+    """Orthonormalizes rows by a QR decomposition; the signs keep them nearest."""
+    columns, triangle = jnp.linalg.qr(_transposed(rows))
+    sizes = jnp.diagonal(triangle, axis1=-2, axis2=-1)
+    signs = jnp.where(sizes < 0, -1, 1).astype(sizes.dtype)
+    return _transposed(columns) * signs[..., None], jnp.abs(sizes)
+
+
+def _cholesky_or_householder(
+    rows: jax.Array, wanted: jax.Array, passes: int
+) -> _Orthonormal:
+    """Takes `_cholesky` of `[n, ...]` and, for those where it fails, `_householder`."""
+    found = _cholesky(rows, passes)
+    failed = wanted & ~is_orthonormal(found[0])
+
+    def one(of_matrix: Any) -> _Orthonormal:
+        failed, rows, *found = of_matrix
+        return jax.lax.cond(jnp.any(failed), _householder, lambda _: tuple(found), rows)
+
+    def fall_back(found: Any) -> Any:
+        return jax.lax.map(one, (failed, rows, *found))
+
+    return jax.lax.cond(jnp.any(failed), fall_back, lambda found: found, found)
+
+
+def _cholesky(rows: jax.Array, passes: int) -> _Orthonormal:
+    """Does what `_householder` does, nearly always: Cholesky-QR, repeated.
+
+    With the factorization X X^T = L L^T the rows of L^-1 X are orthonormal, up to
+    round-off times the squared condition number of X. While that is large, a multiple
+    of the identity is added to X X^T, so that it has a factorization: each such pass
+    divides the condition number by some hundreds. The pass after which X is
+    orthonormal up to round-off is the last. Where none is, the result is not
+    orthonormal, or not finite. See Fukaya et al., "Shifted Cholesky QR for computing
+    the QR factorization of ill-conditioned matrices", arXiv 1809.11085.
+    """
+    eps = float(jnp.finfo(rows.dtype).eps)
+    identity = jnp.broadcast_to(jnp.eye(rows.shape[-1], dtype=rows.dtype), rows.shape)
+
+    def is_far(carry: Any) -> jax.Array:
+        _, _, distance, passed = carry
+        return (passed < passes) & jnp.any(distance > 0.5)
+
+    def improve(carry: Any) -> Any:
+        rows, sizes, _, passed = carry
+        gram = jnp.matmul(rows, _transposed(rows), precision="highest")
+        distance = _norm(gram - identity)
+        shift = jnp.where(distance > 0.5, 4 * eps * _norm(gram), 0)
+        triangle = jnp.linalg.cholesky(gram + shift[..., None, None] * identity)
+        rows = jax.lax.linalg.triangular_solve(
+            triangle, rows, left_side=True, lower=True
+        )
+        sizes = sizes * jnp.diagonal(triangle, axis1=-2, axis2=-1)
+        return rows, sizes, distance, passed + 1
+
+    sizes = jnp.sqrt(jnp.sum(jnp.square(rows), axis=-1))
+    rows = rows / jnp.where(sizes > 0, sizes, 1)[..., None]
+    start = (rows, sizes, jnp.full_like(sizes[..., 0], jnp.inf), 0)
+    rows, sizes, *_ = jax.lax.while_loop(is_far, improve, start)
+    return rows, sizes
+
+
+def _norm(matrix: jax.Array) -> jax.Array:
+    return jnp.sqrt(jnp.sum(jnp.square(matrix), axis=(-2, -1)))
+
+
+def _null_share(matrix: jax.Array) -> float:
+    """The share of the largest eigenvalue under which one is round-off."""
+    return 10 * float(jnp.finfo(matrix.dtype).eps)
+
+
+def _take_rows(matrix: jax.Array, indices: jax.Array) -> jax.Array:
+    return jnp.take_along_axis(matrix, indices[..., None], axis=-2)
+
+
+def _transposed(matrix: jax.Array) -> jax.Array:
+    return jnp.swapaxes(matrix, -2, -1)

@@ -1,0 +1,424 @@
+"""Refreshes all eigenbases: the factors of one size together, in bounded memory.
+
+A *unit* is the factor `[grid…, b, b]` of one axis of one parameter. The parameters are
+divided into *slots* of about equal cost, which are refreshed one after the other or,
+staggered, one in each step (see `_clock`). In a slot
+
+    gather    copies factors and eigenbases into one *stack* `[height, b, b]` per size
+    refresh   goes through the stacks in *chunks* and refreshes eigenbases in place
+    adopt     puts each new eigenbasis in place and changes the first moments to it
+
+The first and the last are branches over the slots, the second is the same for all: a
+program has one decomposition for each size, however many factors there are. A factor on
+a mesh of devices whose sharding is not known is refreshed alone, because stacking would
+move it (see `_spread` in the room `mesh`).
+"""
+
+import dataclasses
+import functools
+import heapq
+import itertools
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from soap_optax import _kronecker
+from soap_optax._dtypes import at_least_float32
+from soap_optax.mesh import _mesh
+from soap_optax.parameters._layout import Layout
+from soap_optax.refresh._methods import Refreshed, RefreshMethod, Request
+
+# Into how many slots a refresh is cut that is not staggered, if each has so many bytes:
+# beside factors and eigenbases, it keeps as many times less than they take.
+_SLOTS = 8
+_SLOT_BYTES = 2**20
+# A chunk of a stack has at most this many bytes, in the dtype of computation, and this
+# share of the stack, or one matrix.
+_CHUNK_BYTES = 2**25
+_CHUNK_SHARE = 1 / 8
+
+Unit = tuple[int, int]  # the number of a parameter, and that of one of its axes
+
+
+class Bases(NamedTuple):
+    """What a refresh changes: four lists with an entry for each parameter.
+
+    Attributes:
+      eigenbases: for each axis an array `[grid…, b, b]`, or None.
+      eigenvalues: for each axis an array `[grid…, b]`, or None.
+      skipped: for each axis an array `[grid…, 1]`, or None; see `EigenbasisState`.
+      moments: the first moments of the parameter.
+    """
+
+    eigenbases: list[Any]
+    eigenvalues: list[Any]
+    skipped: list[Any]
+    moments: list[Any]
+
+    def take(self, members: Sequence[int]) -> "Bases":
+        """Selects the entries of the parameters `members` from each list."""
+        return Bases(*([entries[i] for i in members] for entries in self))
+
+    def put(self, members: Sequence[int], part: "Bases") -> "Bases":
+        """Replaces the entries of the parameters `members` by those in `part`."""
+        changed = [list(entries) for entries in self]
+        for entries, new_entries in zip(changed, part, strict=True):
+            for i, new in zip(members, new_entries, strict=True):
+                entries[i] = new
+        return Bases(*changed)
+
+
+def make_slots(factors: Sequence[Any], count: int | None = None) -> list[list[int]]:
+    """Divides parameters into slots of about equal costs.
+
+    Args:
+      factors: of each parameter, for each axis an array, its shape or None.
+      count: of slots, at most; None: such that a refresh of all, one slot after the
+        other, needs little memory.
+
+    Returns:
+      For each slot, the numbers of its parameters.
+    """
+    if count is None:
+        stacked = [
+            factor.size * factor.dtype.itemsize
+            for of_leaf in factors
+            for factor in of_leaf
+            if factor is not None and not _mesh.may_be_spread(factor)
+        ]
+        count = max(1, min(_SLOTS, sum(stacked) // _SLOT_BYTES))
+    costs = {
+        i: sum(f.size * f.shape[-1] for f in of_leaf if f is not None)
+        for i, of_leaf in enumerate(factors)
+    }
+    costs = {i: cost for i, cost in costs.items() if cost}
+    slots: list[list[int]] = [[] for _ in range(min(count, len(costs)))]
+    loads = [(0, slot) for slot in range(len(slots))]
+    for i in sorted(costs, key=lambda i: -costs[i]):
+        load, slot = heapq.heappop(loads)
+        slots[slot].append(i)
+        heapq.heappush(loads, (load + costs[i], slot))
+    return slots
+
+
+@dataclasses.dataclass(frozen=True)
+class Stack:
+    """The factors of one size and dtype, one after the other in each slot.
+
+    Attributes:
+      units: those in each slot, in order.
+      shapes: `[grid…, b, b]` of each unit.
+    """
+
+    units: Sequence[Sequence[Unit]]
+    shapes: Mapping[Unit, tuple[int, ...]]
+
+    @property
+    def height(self) -> int:
+        """The number of matrices in the slot that has the most."""
+        return max(self._count(units) for units in self.units)
+
+    def gather(self, slot: int, array_of: Callable[[Unit], jax.Array]) -> jax.Array:
+        """Stacks the arrays of a slot, filled up with zeros to `[height, …]`.
+
+        Args:
+          slot: its number.
+          array_of: gives an array for a unit, with an entry per matrix, `[n, …]`.
+        """
+        first = next(itertools.chain(*self.units))
+        like = array_of(first)  # In a shard_map zeros have to vary as an array does.
+        missing = self.height - self._count(self.units[slot])
+        zeros = jnp.zeros_like(like, shape=(missing, *like.shape[1:]))
+        return jnp.concatenate([*map(array_of, self.units[slot]), zeros])
+
+    def scatter(self, slot: int, refreshed: Refreshed) -> dict[Unit, Refreshed]:
+        """Cuts the results `[height, …]` of a slot into those of its units."""
+        counts = [math.prod(self.shapes[unit][:-2]) for unit in self.units[slot]]
+        ends = list(itertools.accumulate(counts, initial=0))
+        return {
+            unit: _in_grid([x[begin:end] for x in refreshed], self.shapes[unit])
+            for unit, (begin, end) in zip(
+                self.units[slot], itertools.pairwise(ends), strict=True
+            )
+        }
+
+    def _count(self, units: Sequence[Unit]) -> int:
+        return sum(math.prod(self.shapes[unit][:-2]) for unit in units)
+
+
+@dataclasses.dataclass(frozen=True)
+class Refresh:
+    """A refresh of the eigenbases of all parameters.
+
+    Attributes:
+      layouts: of each parameter.
+      factors: of each parameter, for each axis an array `[grid…, b, b]`, or None.
+      wanted: of each parameter which of its matrices are wanted, `[n]`, or None: all.
+      method: how eigenbases are refreshed.
+      request: what is asked of the method.
+      slots: see `make_slots`.
+    """
+
+    layouts: Sequence[Layout]
+    factors: Sequence[Any]
+    wanted: Sequence[jax.Array | None]
+    method: RefreshMethod
+    request: Request
+    slots: Sequence[Sequence[int]]
+
+    def run(self, bases: Bases, begin: Any, end: Any) -> Bases:
+        """Refreshes the slots from `begin` to `end`, changes the moments to them."""
+        if not self.slots:
+            return bases
+        if len(self.slots) == 1:
+            return self._run_slot(0, bases)
+        return jax.lax.fori_loop(begin, end, self._run_slot, bases)
+
+    def _run_slot(self, slot: Any, bases: Bases) -> Bases:
+        numbers = range(len(self.slots))
+        gather = [functools.partial(self._gather, k) for k in numbers]
+        refreshed = [
+            _refresh_stack(self.method, self.request, *stack)
+            for stack in _switch(slot, gather, bases.eigenbases)
+        ]
+        # One branch for each slot, with nothing of the others, which would be copied.
+        for k, members in enumerate(self.slots):
+            adopt = functools.partial(self._adopt, k)
+            branches = [adopt] if len(self.slots) == 1 else [_keep, adopt]
+            is_mine = jnp.equal(slot, k).astype(jnp.int32)
+            mine = _switch(is_mine, branches, bases.take(members), refreshed)
+            bases = bases.put(members, mine)
+        return bases
+
+    @functools.cached_property
+    def _stacks(self) -> list[Stack]:
+        """The stacks, one for each kind of factor that may be stacked."""
+        units: dict[Any, list[list[Unit]]] = {}
+        shapes = {}
+        for slot, members in enumerate(self.slots):
+            for i in members:
+                for axis, factor in enumerate(self.factors[i]):
+                    if factor is not None and not _mesh.may_be_spread(factor):
+                        of_kind = units.setdefault(
+                            _kind(factor), [[] for _ in self.slots]
+                        )
+                        of_kind[slot].append((i, axis))
+                        shapes[i, axis] = factor.shape
+        return [Stack(of_kind, shapes) for of_kind in units.values()]
+
+    def _gather(
+        self, slot: int, eigenbases: Sequence[Any]
+    ) -> list[tuple[jax.Array, jax.Array, jax.Array]]:
+        """The stacks of factors and eigenbases of a slot, and which are wanted."""
+
+        def factors_of(unit: Unit) -> jax.Array:
+            return _flat(self.factors[unit[0]][unit[1]])
+
+        def eigenbases_of(unit: Unit) -> jax.Array:
+            return _flat(eigenbases[unit[0]][unit[1]])
+
+        def wanted_of(unit: Unit) -> jax.Array:
+            given = self.wanted[unit[0]]
+            if given is None:
+                return jnp.ones_like(factors_of(unit)[:, 0, 0], bool)
+            return given
+
+        return [
+            (
+                stack.gather(slot, factors_of),
+                stack.gather(slot, eigenbases_of),
+                stack.gather(slot, wanted_of),
+            )
+            for stack in self._stacks
+        ]
+
+    def _adopt(self, slot: int, mine: Bases, stacks: list[Refreshed]) -> Bases:
+        """The bases of a slot's parameters with the new ones from its stacks."""
+        refreshed: dict[Unit, Refreshed] = {}
+        for stack, new in zip(self._stacks, stacks, strict=True):
+            refreshed |= stack.scatter(slot, new)
+
+        def one(unit: Unit, factor: Any, basis: Any) -> Refreshed | None:
+            if factor is None or unit in refreshed:
+                return refreshed.get(unit)
+            return refresh_one(factor, basis, self.method, self.request)
+
+        adopted = []
+        for i, *of_leaf in zip(self.slots[slot], *mine, strict=True):
+            old = Bases(*of_leaf)
+            pairs = zip(self.factors[i], old.eigenbases, strict=True)
+            found = [one((i, axis), *pair) for axis, pair in enumerate(pairs)]
+            adopted.append(adopt(found, self.layouts[i], old, self.request.precision))
+        return Bases(*map(list, zip(*adopted, strict=True)))
+
+
+def _keep(bases: Bases, _: list[Refreshed]) -> Bases:
+    return bases
+
+
+def refresh_one(
+    factor: jax.Array, eigenbasis: jax.Array, method: RefreshMethod, request: Request
+) -> Refreshed:
+    """Refreshes the eigenbasis of one factor `[grid…, b, b]`, as it is sharded."""
+
+    def run(factor: jax.Array, eigenbasis: jax.Array, scalars: Any) -> Refreshed:
+        mine = dataclasses.replace(request, **scalars)
+
+        def in_stack(to_stack: Any, factor: Any, eigenbasis: Any) -> Refreshed:
+            factors, bases = to_stack(factor), to_stack(eigenbasis)
+            wanted = jnp.ones_like(factors[..., 0, 0], bool)
+            new = _refresh_stack(method, mine, factors, bases, wanted)
+            return _in_grid(new, factor.shape)
+
+        block_by_block = functools.partial(in_stack, _flat)
+        if not _mesh.may_be_spread(factor):
+            return block_by_block(factor, eigenbasis)
+        # It is no batch on CPU, even if that has to gather it; see `_refresh_stack`.
+        as_one = functools.partial(in_stack, lambda array: array[None])
+        return jax.lax.platform_dependent(
+            factor, eigenbasis, cpu=block_by_block, default=as_one
+        )
+
+    grid = range(factor.ndim - 2)
+    dims = ([*grid, None, None], [*grid, None], grid)
+    shardings = [_mesh.explicit_sharding(factor, d) for d in dims]
+    if shardings[0] is not None:
+        run = _mesh.in_automatic_mode(run, Refreshed(*shardings))  # type: ignore[arg-type]
+    return run(factor, eigenbasis, request.scalars())
+
+
+def _switch(index: Any, branches: Sequence[Any], *operands: Any) -> Any:
+    if len(branches) == 1:
+        return branches[0](*operands)
+    return jax.lax.switch(index, branches, *operands)
+
+
+def _kind(factor: jax.Array) -> Any:
+    """The type of one matrix of it; those of one kind can be stacked."""
+    return jax.typeof(jnp.zeros_like(factor, shape=factor.shape[-2:]))
+
+
+def _flat(array: jax.Array) -> jax.Array:
+    """`[grid…, b, b]` as `[n, b, b]`."""
+    return array.reshape(-1, *array.shape[-2:])
+
+
+def _in_grid(stack: Sequence[jax.Array], shape: tuple[int, ...]) -> Refreshed:
+    """The results of a stack for a factor of this shape, `[grid…, b, b]`."""
+    shapes = (shape, shape[:-1], shape[:-2])
+    return Refreshed(*(x.reshape(s) for x, s in zip(stack, shapes, strict=True)))
+
+
+def adopt(
+    new: Sequence[Refreshed | None], layout: Layout, old: Bases, precision: Any
+) -> Bases:
+    """The bases of one parameter with its new eigenbases, where they are new."""
+    moments, is_new = _kronecker.change_basis(
+        old.moments,
+        old.eigenbases,
+        [None if n is None else n.eigenbases for n in new],
+        [None if n is None else n.is_new for n in new],
+        layout,
+        precision,
+    )
+    entries = zip(
+        new, is_new, old.eigenbases, old.eigenvalues, old.skipped, strict=True
+    )
+    adopted = [(None,) * 3 if e[0] is None else _adopted(*e) for e in entries]
+    eigenbases, eigenvalues, skipped = map(list, zip(*adopted, strict=True))
+    return Bases(eigenbases, eigenvalues, skipped, moments)
+
+
+def _adopted(
+    new: Any, is_new: Any, eigenbasis: Any, eigenvalues: Any, skipped: Any
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    values = new.eigenvalues.astype(eigenvalues.dtype)
+    return (
+        jnp.where(is_new[..., None, None], new.eigenbases, eigenbasis),
+        jnp.where(is_new[..., None], values, eigenvalues),
+        skipped + (~is_new[..., None]).astype(skipped.dtype),
+    )
+
+
+def _refresh_stack(
+    method: RefreshMethod,
+    request: Request,
+    factors: jax.Array,
+    eigenbases: jax.Array,
+    wanted: jax.Array,
+) -> Refreshed:
+    """Refreshes a stack, chunk by chunk; where it fails, eigenbases stay.
+
+    Args:
+      method: how eigenbases are refreshed.
+      request: what is asked of the method.
+      factors: `[n, ..., b, b]`.
+      eigenbases: `[n, ..., b, b]`.
+      wanted: which of them are wanted, `[n, ...]`.
+    """
+    zeros = jnp.zeros_like(at_least_float32(eigenbases[..., 0, :]))
+    matrix = factors[0].size * zeros.dtype.itemsize
+    chunk = max(1, min(int(_CHUNK_SHARE * len(factors)), _CHUNK_BYTES // matrix))
+    old = Refreshed(eigenbases, zeros, is_new=jnp.zeros_like(zeros[..., 0], bool))
+    refresh = functools.partial(_refresh_chunk, method, request)
+    run = functools.partial(_in_chunks, refresh)
+    if chunk == 1:
+        return run(factors, wanted, old, chunk=1)
+    # On CPU decompositions come from LAPACK, one after another anyway; batches of them
+    # beside other work have been seen to wait for each other for ever (JAX 0.10.2; no
+    # public issue is known, and `tests/test_workarounds.py` tells when this may go).
+    return jax.lax.platform_dependent(
+        factors,
+        wanted,
+        old,
+        cpu=functools.partial(run, chunk=1),
+        default=functools.partial(run, chunk=chunk),
+    )
+
+
+def _in_chunks(
+    refresh: Any, factors: jax.Array, wanted: jax.Array, stack: Refreshed, chunk: int
+) -> Refreshed:
+    """Applies `refresh` to so many of a stack at a time."""
+    count = len(factors)
+    if count == chunk:
+        return refresh(factors, wanted, stack)
+
+    def body(i: jax.Array, stack: Refreshed) -> Refreshed:
+        # The last chunk may overlap with what is done already.
+        begin = jnp.minimum(i * chunk, count - chunk)
+        part = lambda x: jax.lax.dynamic_slice_in_dim(x, begin, chunk)  # noqa: E731
+        new = refresh(part(factors), part(wanted), jax.tree.map(part, stack))
+        put = functools.partial(jax.lax.dynamic_update_slice_in_dim, axis=0)
+        return jax.tree.map(lambda x, y: put(x, y, begin), stack, new)
+
+    return jax.lax.fori_loop(0, -(-count // chunk), body, stack)
+
+
+def _refresh_chunk(
+    method: RefreshMethod,
+    request: Request,
+    factors: jax.Array,
+    wanted: jax.Array,
+    done: Refreshed,
+) -> Refreshed:
+    """Refreshes the eigenbases of a chunk that are wanted and not new already.
+
+    Where there are none, it costs nothing. Those of an overlap are new already.
+    """
+    left = wanted & ~done.is_new
+
+    def refresh(done: Refreshed) -> Refreshed:
+        new = method.refresh(factors, done.eigenbases, left, request)
+        bases = new.eigenbases.astype(done.eigenbases.dtype)
+        is_new = new.is_new
+        return Refreshed(
+            jnp.where(is_new[..., None, None], bases, done.eigenbases),
+            jnp.where(is_new[..., None], new.eigenvalues, done.eigenvalues),
+            is_new | done.is_new,
+        )
+
+    return jax.lax.cond(jnp.any(left), refresh, lambda done: done, done)
