@@ -1,29 +1,28 @@
-"""Compiles for a GPU that need not be there, and reads off memory.
+"""Compiles for a GPU that need not be there, and reads how much memory is needed.
 
     python benchmarks/gpus.py --out docs/results
 
-For each optimizer, with the parameters of a preset of the trainer: the bytes of its
-state, of the temporaries of an update and of what an update without refresh copies, the
-decompositions in the program, and the peak of a training step (gradients of the
-trainer's loss and this update, without clipping). Nothing is run, so nothing is timed;
-that is what `steps.py` does on a GPU. Needs `jax[cuda12]` and no GPU.
+The table has a row for each optimizer, with the parameters of a preset of the trainer:
+the bytes of its state, of the temporaries of an update and of what an update without
+refresh copies, the decompositions in the program, and the peak of a training step,
+which is the gradient of the trainer's loss and this update without clipping. Nothing is
+run, so no step is timed; `steps.py` does that on a GPU. `compile_s` and
+`step_compile_s` are the seconds of compiling alone, without tracing and lowering. The
+command needs `jax[cuda12]` and no GPU.
 """
 
 import os
 
 os.environ["JAX_PLATFORMS"] = "cpu"
-# Nothing that is chosen by running it.
+# Without a GPU nothing can be chosen by running it.
 os.environ["XLA_FLAGS"] = (
     "--xla_gpu_autotune_level=0 --xla_gpu_enable_triton_gemm=false"
 )
-os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")  # that there is no GPU
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")  # It would log that there is no GPU.
 
 import dataclasses
 import functools
-import math
-import re
 import sys
-import time
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -36,11 +35,12 @@ from jax.experimental import topologies
 sys.path.insert(0, str(Path(__file__).parent))
 sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
 sys.path.insert(0, str(Path(__file__).parent.parent / "experiments"))
+import programs
 import steps
 import train_lm
 from results import machine, report, require_known
 
-# What XLA has to know of an H200.
+# XLA has to know this of an H200.
 H200 = """
 gpu_device_info {
   cuda_compute_capability { major: 9 }
@@ -86,7 +86,7 @@ class Check:
     preset: str = "360m"
     rows: tuple[str, ...] = ROWS
     batch: int = 8
-    """Sequences of a training step, in bfloat16."""
+    """How many sequences a training step has; it computes in bfloat16."""
     out: Path = Path("runs/gpus")
 
     @property
@@ -97,38 +97,16 @@ class Check:
 
 
 def on_gpu(tree: Any, sharding: jax.sharding.Sharding) -> Any:
-    """The shapes of arrays, as arrays on the GPU."""
+    """The shapes of the arrays in a tree, with this sharding, which is on the GPU."""
     return jax.tree.map(
         lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), tree
     )
 
 
-def compiled(function: Any, *args: Any) -> tuple[float, Any]:
-    """Seconds of compiling, and the program."""
-    lowered = function.trace(*args).lower(lowering_platforms=("cuda",))
-    since = time.perf_counter()
-    program = lowered.compile()
-    return time.perf_counter() - since, program
-
-
-def copied(text: str) -> int:
-    """Bytes of floats that an update without refresh copies.
-
-    In the program itself, in the branch that is the step and in the one that keeps the
-    eigenbases. SOAP has two conditionals: the first step or another, keep or refresh.
-    """
-    computations = dict(re.findall(r"^%?(\S+) \(.*?\{\n(.*?)^\}", text, re.M | re.S))
-    (entry,) = re.findall(r"^ENTRY .*?^\}", text, re.M | re.S)
-    branches = re.findall(r"branch_computations=\{%?([^,]+), %?([^}]+)\}", entry)
-    parts = [entry]
-    if branches:
-        (_, step), (keep, _) = branches
-        parts += [computations[step], computations[keep]]
-    shapes = re.findall(r"= [fb]+(\d+)\[([\d,]*)\]\S* copy\(", "\n".join(parts))
-    return sum(
-        int(bits) // 8 * math.prod(int(n) for n in dims.split(",") if n)
-        for bits, dims in shapes
-    )
+def compiled(jitted: Any, *args: Any) -> tuple[float, Any]:
+    """Seconds of compiling for CUDA, and the program."""
+    _, lowered = programs.timed_trace(jitted, *args, lowering_platforms=("cuda",))
+    return programs.timed_compile(lowered)
 
 
 def row_of(name: str, check: Check, sharding: jax.sharding.Sharding) -> dict[str, Any]:
@@ -139,7 +117,7 @@ def row_of(name: str, check: Check, sharding: jax.sharding.Sharding) -> dict[str
     tokens = jax.ShapeDtypeStruct((1, config.batch, config.context + 1), jnp.int32)
     step = train_lm.jit_step(config, model, state)
     seconds, program = compiled(step, state, on_gpu(tokens, sharding))
-    memory = program.memory_analysis()
+    memory = programs.memory_of(program)
     peak = memory.argument_size_in_bytes + memory.temp_size_in_bytes
     peak += memory.output_size_in_bytes - memory.alias_size_in_bytes
     return {
@@ -153,19 +131,20 @@ def row_of(name: str, check: Check, sharding: jax.sharding.Sharding) -> dict[str
 
 
 def update_row(tx: Any, state: Any) -> dict[str, Any]:
-    """Of the update alone."""
+    """What the update of an optimizer needs, compiled alone."""
     update = jax.jit(
         lambda state, grads, params: tx.update(grads, state, params)[::-1],
         donate_argnums=0,
     )
     seconds, program = compiled(update, state.opt_state, state.params, state.params)
-    temporary = program.memory_analysis().temp_size_in_bytes
+    temporary = programs.memory_of(program).temp_size_in_bytes
+    text = program.as_text()
     return {
         "state_mb": steps.nbytes(state.opt_state) / 1e6,
         "temporary_mb": temporary / 1e6,
         "temporary_share": temporary / steps.nbytes(state.opt_state),
-        "copied_mb": copied(program.as_text()) / 1e6,
-        **steps.decompositions(program),
+        "copied_mb": programs.copied_bytes(text) / 1e6,
+        **programs.decompositions(text),
         "compile_s": seconds,
     }
 

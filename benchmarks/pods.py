@@ -1,29 +1,27 @@
-"""Compiles whole training steps for TPU pods, without a TPU, and counts.
+"""Compiles training steps for TPU pods without a TPU, and counts what is in them.
 
     python benchmarks/pods.py --out docs/results
 
-For each row of the table: the bytes of the optimizer's state and of temporaries on a
-chip, the collectives of the optimizer (its update compiled alone, without the clipping
-by global norm before it, whose sums cross all chips) and of the whole step, and what
-compiling took. Needs the `libtpu` package; runs on a machine with nothing but CPUs.
+Each row of the table has the bytes of the optimizer's state and of temporaries on a
+chip, the collectives of the optimizer and of the whole step, and the seconds of
+compiling (`compile_s` and `step_compile_s`, without tracing and lowering). The update
+of the optimizer is compiled alone and without clipping by global norm, whose sums cross
+all chips. The command needs the `libtpu` package and no hardware but a CPU.
 """
 
 import os
 import tempfile
 
-# Programs are read from XLA's own dump: a jaxlib cannot print all that a newer libtpu
-# compiles.
+# Programs are read from XLA's own dump, because a jaxlib cannot print all instructions
+# that a newer libtpu compiles.
 os.environ["XLA_FLAGS"] = f"--xla_dump_hlo_as_text --xla_dump_to={tempfile.mkdtemp()}"
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["TPU_SKIP_MDS_QUERY"] = "1"
 
-import collections
 import dataclasses
 import functools
 import math
-import re
 import sys
-import time
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -36,8 +34,10 @@ from flax.training.train_state import TrainState
 from jax.experimental import topologies
 from jax.sharding import AxisType, Mesh, NamedSharding
 
+sys.path.insert(0, str(Path(__file__).parent))
 sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
 sys.path.insert(0, str(Path(__file__).parent.parent / "experiments"))
+import programs
 import train_lm
 from results import machine, report, require_known
 
@@ -46,7 +46,7 @@ DUMPS = Path(os.environ["XLA_FLAGS"].split("=")[-1])
 
 @dataclasses.dataclass(frozen=True)
 class Pod:
-    """A model on a topology: how it is cut, and into blocks of which size."""
+    """A model on a topology: how its arrays are sharded, and the size of its blocks."""
 
     preset: str
     topology: str
@@ -57,7 +57,7 @@ class Pod:
 
     @property
     def config(self) -> train_lm.Config:
-        """One sequence for each group of chips that share one."""
+        """The trainer's configuration, with a sequence for each group of chips."""
         return train_lm.Config(
             preset=self.preset,
             mesh=self.mesh,
@@ -74,7 +74,7 @@ class Pod:
 PODS = {
     "360m": Pod("360m", "v5e:4x4", (1, 4, 4), 256),
     "660m": Pod("660m", "v5e:4x4", (1, 4, 4), 352),
-    # The vocabulary of 128,256 rounded up, such that blocks of 128 fit its shards.
+    # The vocabulary of 128,256 is rounded up, so that blocks of 128 fit its shards.
     "llama-8b": Pod("llama-8b", "v5p:8x8x4", (1, 32, 8), 128, 131_072, remat=True),
 }
 OPTIMIZERS = {
@@ -93,7 +93,7 @@ class Check:
     pods: tuple[str, ...] = tuple(PODS)
     optimizers: tuple[str, ...] = ("adamw", "soap qr")
     step: bool = True
-    """Compile the training step, too."""
+    """Compile the training step, too, and not only the update of the optimizer."""
 
 
 def make_mesh(pod: Pod) -> Mesh:
@@ -112,7 +112,7 @@ def abstract_state(config: train_lm.Config, mesh: Mesh, tx: Any) -> TrainState:
 
 
 def bytes_of(shapes: Any, *, on_a_chip: bool) -> int:
-    """Of all arrays, together or the parts of one chip."""
+    """The bytes of all arrays: of their parts on a chip, or of the whole arrays."""
     return sum(
         math.prod(x.sharding.shard_shape(x.shape) if on_a_chip else x.shape)
         * x.dtype.itemsize
@@ -120,42 +120,15 @@ def bytes_of(shapes: Any, *, on_a_chip: bool) -> int:
     )
 
 
-def collectives(text: str) -> dict[str, Any]:
-    """In the text of a program: how many of each kind, and the bytes of their results.
-
-    Those in the body of a loop, like that over layers, count once.
-    """
-    kinds = "all-reduce|all-gather|all-to-all|reduce-scatter|collective-permute"
-    counts: collections.Counter[str] = collections.Counter()
-    size = 0
-    for result, kind, start in re.findall(rf"= (.*?) ({kinds})(-start)?\(", text):
-        counts[kind] += 1
-        arrays = [
-            math.prod(int(n) for n in shape.split(",") if n) * width(dtype)
-            for dtype, shape in re.findall(r"([a-z]+\d+)\[([\d,]*)\]", result)
-            if (dtype, shape) != ("u32", "")  # what -start is given to go on with
-        ]
-        if start and kind in ("all-gather", "collective-permute"):
-            arrays = arrays[len(arrays) // 2 :]  # after the operands
-        size += sum(arrays)
-    named = "; ".join(f"{count} {kind}" for kind, count in sorted(counts.items()))
-    return {"collectives": named or 0, "collectives_mb": size / 1e6}
-
-
-def width(dtype: str) -> int:
-    """Bytes of an element."""
-    return max(1, int(re.sub(r"\D", "", dtype)) // 8)
-
-
 def timed(lowered: Any) -> tuple[float, Any, str]:
     """Seconds of compiling, the program, and its text."""
-    since = time.perf_counter()
-    program = lowered.compile()
-    seconds = time.perf_counter() - since
+    seconds, program = programs.timed_compile(lowered)
     texts = list(DUMPS.glob("*.after_optimizations.txt"))
     if len(texts) != 1:
-        raise RuntimeError(
-            f"expected one *.after_optimizations.txt from XLA in {DUMPS}, got {texts}"
+        there = sorted(path.name for path in DUMPS.iterdir())
+        raise ValueError(
+            f"{DUMPS} must have one text of a program, *.after_optimizations.txt, "
+            f"got {there}"
         )
     found = texts[0].read_text()
     for file in (path for path in DUMPS.rglob("*") if path.is_file()):
@@ -178,7 +151,7 @@ def update_of(config: train_lm.Config, mesh: Mesh) -> dict[str, Any]:
     update = jax.jit(tx.update, donate_argnums=1, out_shardings=shardings)
     lowered = update.lower(alone.params, alone.opt_state, alone.params)
     seconds, program, text = timed(lowered)
-    memory = program.memory_analysis()
+    memory = programs.memory_of(program)
     state = bytes_of(alone.opt_state, on_a_chip=True)
     total = bytes_of(alone.opt_state, on_a_chip=False)
     return {
@@ -188,7 +161,7 @@ def update_of(config: train_lm.Config, mesh: Mesh) -> dict[str, Any]:
         "state_mb_a_chip": state / 1e6,
         "state_over_share": state / (total / mesh.size),
         "temporary_mb_a_chip": memory.temp_size_in_bytes / 1e6,
-        **collectives(text),
+        **programs.collectives(text),
         "program_mb": memory.generated_code_size_in_bytes / 1e6,
         "compile_s": seconds,
     }
@@ -203,9 +176,9 @@ def step_of(config: train_lm.Config, mesh: Mesh) -> dict[str, Any]:
     step = train_lm.jit_step(config, model, whole)
     lowered = step.lower(whole, tokens.update(sharding=spread))
     seconds, program, text = timed(lowered)
-    memory = program.memory_analysis()
+    memory = programs.memory_of(program)
     return {
-        **{f"step_{key}": value for key, value in collectives(text).items()},
+        **{f"step_{key}": value for key, value in programs.collectives(text).items()},
         "step_temporary_mb_a_chip": memory.temp_size_in_bytes / 1e6,
         "step_program_mb": memory.generated_code_size_in_bytes / 1e6,
         "step_compile_s": seconds,

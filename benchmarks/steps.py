@@ -5,10 +5,14 @@
     python benchmarks/steps.py --preset 360m         # GPU
     python benchmarks/steps.py --parts peers         # needs torch, pytorch-optimizer
 
-For each optimizer: medians of a step without refresh and of what a refresh adds, mean
-and 99th percentile over cycles, compilation, program and memory. Each step is timed in
-turn with the six bare products, so that a ratio holds where the machine's speed drifts.
-Writes a table, CSV files and plots.
+The table of steps has a row for each optimizer: the medians of a step without refresh
+and of what a refresh adds, the mean and the 99th percentile over cycles, the seconds of
+tracing and of compiling, the size of the program and its memory. The six bare products
+are timed after each step, so that a ratio holds where the machine's speed drifts. The
+command writes tables as CSV files, and plots.
+
+In all tables, those of `gpus.py` and `pods.py` too, `compile_s` are the seconds of
+compiling alone; tracing and lowering come before, and are in `trace_s` here.
 """
 
 import collections
@@ -16,7 +20,6 @@ import contextlib
 import dataclasses
 import functools
 import os
-import re
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -33,9 +36,13 @@ import optax
 import tyro
 
 import soap_optax
+
+# `_stacks` is private; `leaf_by_leaf` changes it to see what stacks are good for.
 from soap_optax.refresh import METHODS, _stacks
 
+sys.path.insert(0, str(Path(__file__).parent))
 sys.path.insert(0, str(Path(__file__).parent.parent / "experiments"))
+import programs
 from results import machine, report, require_known
 
 matplotlib.use("Agg")
@@ -56,7 +63,7 @@ class Shape:
 
 
 PRESETS = {
-    "tiny": Shape(16, 1, 32, head_dim=8),  # for tests
+    "tiny": Shape(16, 1, 32, head_dim=8),  # It is for tests.
     "default": Shape(384, 4, 256),
     "24-layers": Shape(384, 24, 256),
     "768x12": Shape(768, 12, 256),
@@ -65,13 +72,17 @@ PRESETS = {
 }
 
 soap = functools.partial(soap_optax.soap, 3e-3)
-IDENTITY = {"initial_basis": "identity"}  # no eigh in the program
+IDENTITY = {"initial_basis": "identity"}  # It leaves eigh out of the program.
+DEFAULT_METHOD = "qr"  # The row "soap" refreshes by it.
 ROWS: dict[str, Callable[[], optax.GradientTransformation]] = {
     "adamw": lambda: optax.adamw(3e-3),
     "muon": lambda: optax.contrib.muon(3e-3),
     "soap": soap,
-    "cholesky_qr": lambda: soap(refresh="cholesky_qr"),
-    "eigh": lambda: soap(refresh="eigh"),
+    **{
+        name: functools.partial(soap, refresh=name)
+        for name in METHODS
+        if name != DEFAULT_METHOD
+    },
     "identity start": lambda: soap(**IDENTITY),
     "blocks 512": lambda: soap(block_size=512),
     "blocks 256": lambda: soap(block_size=256),
@@ -97,14 +108,14 @@ class Bench:
     rows: tuple[str, ...] = tuple(ROWS)
     parts: tuple[str, ...] = DEFAULT_PARTS
     cycles: int = 4
-    """Of f = 10 steps each, after one to warm up."""
+    """How many cycles of f = 10 steps are timed, after one that warms up."""
     out: Path = Path("runs/bench")
     sequence: int = 256
-    """Tokens of a sequence, for the part `training`."""
+    """How many tokens a sequence of the part `training` has."""
     batches: tuple[int, ...] = (2, 8, 32)
-    """Sequences of a step, for the part `training`."""
+    """How many sequences a step of the part `training` has; each gives a row."""
     layers: tuple[int, ...] = (4, 24)
-    """Of the models for the part `compiling`."""
+    """How many layers the models of the part `compiling` have; each gives rows."""
 
 
 # --- trees and programs --------------------------------------------------------------
@@ -141,28 +152,31 @@ def seconds(function: Callable[..., Any], *args: Any) -> tuple[float, Any]:
     return time.perf_counter() - start, result
 
 
-def compiled(tx: optax.GradientTransformation, shape: Shape) -> tuple[float, Any]:
-    """Seconds to trace and compile a step, and the program, whose state is donated."""
+def compiled(
+    tx: optax.GradientTransformation, shape: Shape
+) -> tuple[dict[str, float], Any]:
+    """The seconds of tracing and of compiling a step, and its program.
+
+    The program may overwrite the state, which is donated.
+    """
     params = jax.eval_shape(lambda: normal(shape, 0))
     state = jax.eval_shape(tx.init, params)
     step = jax.jit(
         lambda state, grads, params: tx.update(grads, state, params)[::-1],
         donate_argnums=0,
     )
-    return seconds(lambda: step.lower(state, params, params).compile())
-
-
-def decompositions(program: Any) -> dict[str, int]:
-    """How many decompositions of each kind are in a program."""
-    names = re.findall(r'custom_call_target="([^"]+)"', program.as_text())
-    kinds = {"qr": "geqrf", "eigh": "syev", "cholesky": "potrf"}
-    count = lambda kind: sum(kind in name.lower() for name in names)  # noqa: E731
-    return {name: count(kind) for name, kind in kinds.items()}
+    tracing, lowered = programs.timed_trace(step, state, params, params)
+    compiling, program = programs.timed_compile(lowered)
+    return {"trace_s": tracing, "compile_s": compiling}, program
 
 
 @functools.partial(jax.jit, static_argnames="axes")
 def bare_products(gradient: jax.Array, bases: tuple[Any, ...], axes: tuple[int, ...]):
-    """The products of a step with factors along `axes`: 2 there, 2 back, 2 factors."""
+    """The products of a step with factors along `axes`.
+
+    For a matrix with two factors there are six: two project it, two project back and
+    two are the Gram matrices that the factors accumulate.
+    """
     multiply = functools.partial(jnp.matmul, precision=HIGHEST)
     array = gradient
     for transposed in (True, False):
@@ -174,7 +188,7 @@ def bare_products(gradient: jax.Array, bases: tuple[Any, ...], axes: tuple[int, 
 
 
 def bare_step(shape: Shape, limit: int = 10_000) -> Callable[[], Any]:
-    """All bare products of a step, as one program."""
+    """A program of all bare products of a step, which takes no arguments."""
     grads = [g for g in jax.tree.leaves(normal(shape, 0)) if g.ndim == 2]
     axes = [tuple(a for a in range(2) if g.shape[a] <= limit) for g in grads]
     bases = [
@@ -193,7 +207,7 @@ def bare_step(shape: Shape, limit: int = 10_000) -> Callable[[], Any]:
 
 
 def steps(bench: Bench) -> Iterator[dict[str, Any]]:
-    """Steps of each optimizer, in turn with the bare products."""
+    """Steps of each optimizer, in turn with the products that SOAP cannot avoid."""
     shape = PRESETS[bench.preset]
     bare = bare_step(shape)
     jax.block_until_ready(bare())
@@ -204,10 +218,10 @@ def steps(bench: Bench) -> Iterator[dict[str, Any]]:
 def steps_of(
     name: str, shape: Shape, bare: Callable[[], Any], cycles: int
 ) -> dict[str, Any]:
-    """The program of one optimizer, and its steps in turn with the bare products."""
+    """The row of one optimizer: its program, and its steps in turn with products."""
     tx = ROWS[name]()
-    compiling, program = compiled(tx, shape)
-    memory = program.memory_analysis()
+    spent_before, program = compiled(tx, shape)
+    memory, text = programs.memory_of(program), program.as_text()
     params = normal(shape, 1)
     state = jax.jit(tx.init)(params)
     row = {
@@ -215,10 +229,10 @@ def steps_of(
         "state_mb": nbytes(state) / 1e6,
         "temporary_mb": memory.temp_size_in_bytes / 1e6,
         "temporary_share": memory.temp_size_in_bytes / nbytes(state),
-        "program_mb": memory.generated_code_size_in_bytes / 1e6
-        or len(program.as_text()) / 1e6,
-        "compile_s": compiling,
-        **decompositions(program),
+        # XLA on CPU does not tell the size of its code; that of the text stands for it.
+        "program_mb": (memory.generated_code_size_in_bytes or len(text)) / 1e6,
+        **spent_before,
+        **programs.decompositions(text),
     }
     gradients = [normal(shape, seed) for seed in range(2, 4)]
 
@@ -231,7 +245,7 @@ def steps_of(
 
 
 def peers(bench: Bench) -> Iterator[dict[str, Any]]:
-    """SOAP of pytorch-optimizer, which has to be installed, and this one before it."""
+    """Steps of this SOAP and of that in pytorch-optimizer, which must be installed."""
     import pytorch_optimizer
     import torch
 
@@ -269,7 +283,7 @@ def peers(bench: Bench) -> Iterator[dict[str, Any]]:
 def in_turn(
     step: Callable[[int], float], bare: Callable[[], Any], cycles: int
 ) -> dict[str, float]:
-    """Figures of steps and bare products that are run in turn."""
+    """The figures of steps that are run in turn with bare products."""
     times: list[float] = []
     products: list[float] = []
     for count in range(10 * (cycles + 1)):
@@ -279,7 +293,10 @@ def in_turn(
 
 
 def timings(times: list[float], products: list[float]) -> dict[str, float]:
-    """Figures of the cycles after the first; each ratio of two that were in turn."""
+    """The figures of all cycles but the first, which warms up.
+
+    The ratio is the median of that of each step to the products right after it.
+    """
     after, bounds = np.array(times[10:]), np.array(products[10:])
     is_refresh = np.arange(len(after)) % 10 == 0
     step = float(np.median(after[~is_refresh]))
@@ -294,9 +311,9 @@ def timings(times: list[float], products: list[float]) -> dict[str, float]:
 
 
 def refreshes(bench: Bench) -> Iterator[dict[str, Any]]:
-    """What refreshes add to a step, beside the bare power step and QR.
+    """What refreshes add to a step, beside a bare power step and QR decomposition.
 
-    The factors of one size are one batch, the sizes come one after another.
+    The bare ones take all factors of one size as a batch, and the sizes in turn.
     """
     shape = PRESETS[bench.preset]
     every = jax.jit(lambda m, q: jnp.linalg.qr(jnp.matmul(m, q, precision=HIGHEST))[0])
@@ -333,9 +350,9 @@ def refreshes(bench: Bench) -> Iterator[dict[str, Any]]:
 def refreshing(
     shape: Shape, options: dict[str, Any]
 ) -> tuple[Any, Callable[[int], float]]:
-    """A state after some refreshes, and the seconds of a step from it.
+    """A state after some refreshes, and a function that times a step from it.
 
-    The step is one with a refresh for f = 1, and one without for f = 10.
+    The function takes f: the step refreshes if f is 1, and does not if it is 10.
     """
     params = normal(shape, 1)
     gradients = [normal(shape, seed) for seed in range(2, 6)]
@@ -376,7 +393,7 @@ def set_count(state: Any, frequency: int) -> Any:
 
 
 def batches_of(state: Any) -> list[tuple[jax.Array, jax.Array]]:
-    """Factors and eigenbases of each size, as one batch."""
+    """A batch of factors and one of eigenbases for each size."""
     is_one = lambda node: isinstance(node, soap_optax.EigenbasisState)  # noqa: E731
     (state,) = (n for n in jax.tree.leaves(state, is_leaf=is_one) if is_one(n))
     by_size = collections.defaultdict(list)
@@ -392,14 +409,14 @@ def batches_of(state: Any) -> list[tuple[jax.Array, jax.Array]]:
 
 
 def compiling(bench: Bench) -> Iterator[dict[str, Any]]:
-    """Programs of few and many layers, refreshed in batches and leaf by leaf."""
+    """Programs of few and many layers, which refresh in batches or leaf by leaf."""
     for layers in bench.layers:
         shape = dataclasses.replace(PRESETS[bench.preset], layers=layers)
         for name, options in {"eigh start": {}, "identity start": IDENTITY}.items():
             for in_batches in (True, False):
                 with contextlib.nullcontext() if in_batches else leaf_by_leaf():
                     spent, program = compiled(soap(**options), shape)
-                memory = program.memory_analysis()
+                memory, text = programs.memory_of(program), program.as_text()
                 state = jax.eval_shape(
                     soap(**options).init, jax.eval_shape(lambda s=shape: normal(s, 0))
                 )
@@ -407,16 +424,16 @@ def compiling(bench: Bench) -> Iterator[dict[str, Any]]:
                     "layers": layers,
                     "program": name,
                     "refreshes": "in batches" if in_batches else "leaf by leaf",
-                    "compile_s": spent,
+                    **spent,
                     "temporary_share": memory.temp_size_in_bytes / nbytes(state),
-                    "program_mb": len(program.as_text()) / 1e6,
-                    **decompositions(program),
+                    "program_mb": len(text) / 1e6,
+                    **programs.decompositions(text),
                 }
 
 
 @contextlib.contextmanager
 def leaf_by_leaf() -> Iterator[None]:
-    """Refreshes as on a mesh where shardings are not known: no stacks, no slots."""
+    """Makes refreshes do without stacks and slots, as where shardings are not known."""
     with (
         mock.patch.object(_stacks.Refresh, "_stacks", []),
         mock.patch.object(_stacks, "_SLOTS", 1),
@@ -425,7 +442,7 @@ def leaf_by_leaf() -> Iterator[None]:
 
 
 def precisions(bench: Bench) -> Iterator[dict[str, Any]]:
-    """Rayleigh quotients of a factor by each precision of products, and its time."""
+    """Errors of Rayleigh quotients by the precision of products, and their times."""
     size = min(1024, 4 * PRESETS[bench.preset].width)
     rng = np.random.default_rng(0)
     basis = np.linalg.qr(rng.normal(size=(size, size)))[0]
@@ -448,7 +465,7 @@ def precisions(bench: Bench) -> Iterator[dict[str, Any]]:
         row = {"precision": precision.name}
         try:
             found = np.asarray(jax.jit(quotients)(matrix, q))
-        except Exception as error:  # a preset that this device has no products for
+        except Exception as error:  # This device has no products of this precision.
             yield {**row, "error": str(error).splitlines()[0][:60]}
             continue
         relative = np.abs(found - exact) / exact
@@ -464,20 +481,9 @@ def precisions(bench: Bench) -> Iterator[dict[str, Any]]:
 
 def training(bench: Bench) -> Iterator[dict[str, Any]]:
     """The share of the optimizer in a step of training, against tokens a step."""
-    sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
-    import train_lm
-
     shape = PRESETS[bench.preset]
-    on_cpu = jax.default_backend() == "cpu"
-    dtype = jnp.float32 if on_cpu else jnp.bfloat16
-    model = train_lm.Transformer(
-        shape.vocab, shape.layers, shape.width, shape.head_dim, dtype
-    )
-    tokens = jnp.zeros((1, 8), jnp.int32)
-    params = jax.jit(model.init)(jax.random.key(0), tokens)["params"]
-    loss = lambda params, tokens: train_lm.cross_entropy(model, params, tokens)[0]  # noqa: E731
-    gradient = jax.jit(jax.grad(loss))
-    refresh = "qr" if on_cpu else "cholesky_qr"
+    params, gradient = model_of(shape)
+    refresh = DEFAULT_METHOD if jax.default_backend() == "cpu" else "cholesky_qr"
     optimizers = {
         "adamw": ROWS["adamw"](),
         "soap f=10": soap(refresh=refresh),
@@ -504,6 +510,24 @@ def training(bench: Bench) -> Iterator[dict[str, Any]]:
             },
             "products over gradient": products_over_gradient(params, count),
         }
+
+
+def model_of(shape: Shape) -> tuple[Tree, Callable[..., Any]]:
+    """The parameters of the trainer's model, and the gradient of its loss.
+
+    It computes in float32 on CPU and in bfloat16 elsewhere.
+    """
+    sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
+    import train_lm
+
+    dtype = jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16
+    model = train_lm.Transformer(
+        shape.vocab, shape.layers, shape.width, shape.head_dim, dtype
+    )
+    tokens = jnp.zeros((1, 8), jnp.int32)
+    params = jax.jit(model.init)(jax.random.key(0), tokens)["params"]
+    loss = lambda params, tokens: train_lm.cross_entropy(model, params, tokens)[0]  # noqa: E731
+    return params, jax.jit(jax.grad(loss))
 
 
 def products_over_gradient(params: Tree, tokens: int) -> float:
@@ -541,7 +565,7 @@ PARTS = {
 
 
 def plot(rows: list[dict[str, Any]], path: Path, title: str) -> None:
-    """Bars: a step without refresh, and what refreshes add to it on average."""
+    """Draws a bar for each step without refresh, and what refreshes add on average."""
     names = [row["optimizer"] for row in rows]
     step = np.array([row["step_ms"] for row in rows])
     mean = np.array([row["mean_ms"] for row in rows])

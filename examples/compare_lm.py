@@ -1,10 +1,10 @@
-"""SOAP beside AdamW on the same data, in the same order, from the same initial model.
+"""Trains with SOAP and AdamW on the same data in the same order, from the same model.
 
-    python examples/compare_lm.py            # the main job: both at their tuned rates
-    python examples/compare_lm.py --sweep    # how those rates were found
+    python examples/compare_lm.py            # Both run at their tuned learning rates.
+    python examples/compare_lm.py --sweep    # This is how those rates were found.
 
-Writes metrics (CSV) and a plot (PNG), and says after how many steps and seconds SOAP
-reached AdamW's final validation loss.
+The command writes metrics (CSV) and a plot (PNG), and says after how many steps and
+seconds SOAP reached AdamW's final validation loss.
 """
 
 import csv
@@ -31,7 +31,7 @@ class Compare:
     optimizers: tuple[str, ...] = ("adamw", "soap")
     out: Path = Path("runs/compare")
     sweep: bool = False
-    """Sweep the learning rate, then b2, of each optimizer in place of one run each."""
+    """Sweep the learning rate and then b2 of each optimizer, in place of one run."""
 
 
 def run(compare: Compare, optimizer: str, name: str, **changes: float) -> list[Row]:
@@ -42,7 +42,7 @@ def run(compare: Compare, optimizer: str, name: str, **changes: float) -> list[R
 
 
 def sweep(compare: Compare) -> None:
-    """The learning rate at b2 = 0.95, then b2 = 0.99 at the best learning rate."""
+    """Sweeps the learning rate at b2 = 0.95, then tries b2 = 0.99 at the best one."""
     table = []
     for optimizer in compare.optimizers:
 

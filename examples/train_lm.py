@@ -5,13 +5,15 @@
     python examples/train_lm.py --checkpoint-dir ckpt --resume
     python examples/train_lm.py --preset 660m --scan --mesh 1 8 1 --block-size 256
 
-One file, to be read from top to bottom and copied: devices, model, data, optimizers,
-one jitted step, loop. The architecture is that of the SOAP paper's experiments
-(pre-norm, RoPE, QK-norm, GELU MLP of 4x the width, no biases, z-loss), in Flax.
+This one file is there to be read from top to bottom and to be copied: it has devices,
+the model, data, optimizers, a jitted step and the loop. The architecture is that of the
+SOAP paper's experiments, written in Flax: pre-norm, RoPE, QK-norm, a GELU MLP of four
+times the width, no biases and a z-loss.
 
 On several devices (`--mesh`) the batch is split over the axes data and fsdp, matrices
-over fsdp and tensor, and the state of the optimizer as they are. A checkpoint continues
-on any mesh. With several processes (`--distributed`) each of them runs the command.
+are split over fsdp and tensor, and the state of the optimizer is split as they are. A
+checkpoint continues on any mesh. With several processes (`--distributed`), each of them
+runs the command.
 """
 
 import csv
@@ -42,7 +44,7 @@ import soap_optax
 
 @dataclasses.dataclass(frozen=True)
 class Preset:
-    """Size of a model and of its batches; the paper's for 210m, 360m and 660m."""
+    """The sizes of a model and its batches; 210m, 360m and 660m are the paper's."""
 
     depth: int
     width: int
@@ -52,9 +54,9 @@ class Preset:
     steps: int
     warmup: int
     kv_heads: int | None = None
-    """Heads of keys and values; None: as many as of queries."""
+    """How many heads keys and values have; with None they have those of queries."""
     mlp: int | None = None
-    """Width of the MLP; None: 4x the width."""
+    """The width of the MLP; with None it is four times that of the model."""
     gated: bool = False
     """Whether the MLP is a SwiGLU."""
     vocab: int | None = None
@@ -80,8 +82,8 @@ PRESETS = {
     ),
 }
 
-# Learning rate and b2: of soap and adamw those with the lowest loss in `make sweep` (on
-# the tiny preset), of muon and lion starting points.
+# The learning rate and b2 of each optimizer. Those of soap and adamw had the lowest
+# loss in `make sweep`, on the tiny preset; those of the others are starting points.
 TUNED = {
     "soap": (3e-2, 0.95),
     "adamw": (1e-2, 0.99),
@@ -99,51 +101,54 @@ class Config:
     optimizer: Literal["soap", "shampoo", "adamw", "muon", "lion"] = "soap"
     """Muon needs an optax newer than 0.2.6."""
     data: str = "stdlib"
-    """A file, a folder, a `.bin` of uint16 tokens, or `stdlib`: the source files of
-    Python's standard library. All but `.bin` are read as bytes."""
+    """A file, a folder, a `.bin` of uint16 tokens, or `stdlib`, which stands for the
+    source files of Python's standard library. All but a `.bin` are read as bytes."""
     vocab: int | None = None
-    """Size of the vocabulary; None: the preset's, or 256 for bytes, 32128 (T5's) for a
-    `.bin`."""
+    """The size of the vocabulary. With None it is the preset's, or else 256 for bytes
+    and 32128, which is T5's, for a `.bin`."""
     learning_rate: float | None = None
-    """Peak; None: the tuned one of the optimizer on the tiny preset."""
+    """The peak of the schedule; with None it is tuned to the tiny preset."""
     b1: float = 0.95
     b2: float | None = None
     weight_decay: float = 1e-4
     clip: float = 1.0
-    """Global norm at which gradients are clipped."""
+    """The global norm at which gradients are clipped."""
     precondition_frequency: int = 10
     refresh: Literal["qr", "cholesky_qr", "eigh"] | None = None
-    """None: `qr` for SOAP, `eigh` for Shampoo."""
+    """How eigenbases are refreshed; with None SOAP takes `qr` and Shampoo `eigh`."""
     initial_basis: Literal["eigh", "identity"] = "eigh"
     block_size: int | None = None
     one_sided: bool = False
     factorized: bool = False
-    """SOAP with second moments of rank one."""
+    """Whether the second moments of SOAP have rank one."""
     factors: Literal["shampoo", "kl"] = "shampoo"
     basis: Literal["previous", "current"] = "previous"
-    """Of SOAP; see `soap_optax.soap` for these."""
+    """The basis SOAP works in; `soap_optax.soap` explains these options."""
     stagger: bool = False
     rcond: float | None = None
-    """Damping of directions that are round-off; None: SOAP's default, 0: off."""
+    """The share below which directions are damped as round-off; 0 damps none, and None
+    is SOAP's default."""
     steps: int | None = None
     warmup: int | None = None
     batch: int | None = None
-    """Sequences per step; None, as above: the preset's."""
+    """How many sequences a step has. With None this and its neighbours are those of the
+    preset."""
     context: int | None = None
     accumulate: int = 1
-    """Micro-batches per step."""
+    """How many micro-batches a step has."""
     bf16: bool = False
     """Compute in bfloat16; parameters and optimizer stay in float32."""
     scan: bool = False
-    """Layers as one stack, `[depth, …]`, compiled once."""
+    """Keep all layers in one stack, `[depth, …]`, so that one layer is compiled."""
     remat: bool = False
     """Compute a layer once more for its gradients, in place of keeping all of it."""
     mesh: tuple[int, int, int] | None = None
-    """Devices along the axes data, fsdp and tensor; None: one device."""
+    """How many devices are along the axes data, fsdp and tensor; with None there is one
+    device."""
     distributed: bool = False
     """Be one of several processes, which JAX finds on a cluster."""
     coordinator: str | None = None
-    """Elsewhere, the `host:port` of the first process."""
+    """The `host:port` of the first process, where JAX does not find it."""
     processes: int | None = None
     process_id: int | None = None
     z_loss: float = 1e-4
@@ -151,16 +156,16 @@ class Config:
     eval_every: int = 25
     eval_batches: int = 8
     metrics: Path | None = None
-    """CSV file for the metrics."""
+    """The CSV file into which metrics are written."""
     diagnose: bool = True
-    """Log, of SOAP and Shampoo, how the eigenbases are at every evaluation."""
+    """Log how good the eigenbases of SOAP and Shampoo are, at every evaluation."""
     checkpoint_dir: Path | None = None
     checkpoint_every: int = 200
     resume: bool = False
     """Continue from the newest checkpoint."""
 
     def filled(self) -> "Config":
-        """The configuration with the preset's and the tuned values in place of None."""
+        """Fills in values of the preset and tuned ones where there is None."""
         preset = PRESETS[self.preset]
         learning_rate, b2 = TUNED[self.optimizer]
         defaults = {
@@ -195,7 +200,7 @@ class Config:
 
     @property
     def shards(self) -> int:
-        """Into how many parts devices split a batch."""
+        """The number of parts into which devices split a batch."""
         return 1 if self.mesh is None else math.prod(self.mesh[:2])
 
     def check_devices(self) -> None:
@@ -222,8 +227,8 @@ class Config:
 
 AXES = ("data", "fsdp", "tensor")
 BATCH_AXES = ("data", "fsdp")
-# The axes of the mesh that split a matrix, by a name on the path to it. All else is on
-# every device.
+# The axes of the mesh that split a matrix, by a name on the path to it. Every device
+# has all other parameters.
 SPLITS = {
     "embed": ("tensor", "fsdp"),
     "query": ("fsdp", "tensor"),
@@ -238,7 +243,7 @@ SPLITS = {
 
 
 def make_mesh(config: Config, devices: Any = None) -> Mesh | None:
-    """The mesh of all devices, of all processes, or None if there is to be none."""
+    """The mesh of the devices of all processes; None if no mesh is asked for."""
     if config.mesh is None:
         return None
     devices = jax.devices() if devices is None else devices
@@ -255,9 +260,10 @@ def names(path: tuple[Any, ...]) -> list[str]:
 
 
 def param_shardings(mesh: Mesh, params: Any) -> Any:
-    """Shardings of parameters or their shapes, by `SPLITS` of the last two axes.
+    """The shardings of parameters, or of their shapes.
 
-    An axis that cannot be cut into equal parts stays whole.
+    `SPLITS` says how the last two axes are split. An axis that cannot be split into
+    equal parts stays whole.
     """
 
     def one(path, param):
@@ -273,7 +279,7 @@ def param_shardings(mesh: Mesh, params: Any) -> Any:
 
 
 def state_shardings(mesh: Mesh, state: TrainState) -> TrainState:
-    """Shardings of a state or its shapes: the optimizer's follow the parameters'."""
+    """The shardings of a state, or of its shapes; the optimizer's follow parameters."""
     params = param_shardings(mesh, state.params)
     return state.replace(
         step=NamedSharding(mesh, P()),
@@ -288,7 +294,7 @@ def batch_sharding(mesh: Mesh, ndim: int) -> NamedSharding:
 
 
 def on_mesh(tokens: np.ndarray, mesh: Mesh | None) -> np.ndarray | jax.Array:
-    """Tokens `[…, batch, time]`, of which every process hands out its own rows."""
+    """Puts tokens `[…, batch, time]` on the mesh; every process puts its own rows."""
     if mesh is None:
         return tokens
     sharding = batch_sharding(mesh, tokens.ndim)
@@ -296,7 +302,7 @@ def on_mesh(tokens: np.ndarray, mesh: Mesh | None) -> np.ndarray | jax.Array:
 
 
 def split(x: jax.Array, mesh: Mesh | None, *axes: Any) -> jax.Array:
-    """An array within a program, split over these axes of the mesh."""
+    """Splits an array within a program over these axes of the mesh."""
     if mesh is None:
         return x
     return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, P(*axes)))
@@ -306,7 +312,7 @@ def split(x: jax.Array, mesh: Mesh | None, *axes: Any) -> jax.Array:
 
 
 def rotary(x: jax.Array) -> jax.Array:
-    """Rotary position embedding of `[batch, time, heads, head_dim]`."""
+    """Applies the rotary position embedding to `[batch, time, heads, head_dim]`."""
     half = x.shape[-1] // 2
     frequencies = 10_000.0 ** (-jnp.arange(half) / half)
     angles = jnp.arange(x.shape[1])[:, None] * frequencies[None, :]
@@ -353,7 +359,7 @@ class Block(nn.Module):
 
 
 class Transformer(nn.Module):
-    """A decoder-only transformer: tokens `[batch, time]` to logits in float32."""
+    """A decoder-only transformer from tokens `[batch, time]` to logits in float32."""
 
     vocab: int
     depth: int
@@ -421,7 +427,7 @@ def make_model(config: Config, mesh: Mesh | None = None) -> Transformer:
 
 
 def read_tokens(data: str) -> np.ndarray:
-    """The corpus as a flat array of tokens (uint8 bytes, or uint16 from a `.bin`)."""
+    """Reads the corpus as a flat array: of bytes, or of uint16 tokens from a `.bin`."""
     path = Path(sysconfig.get_paths()["stdlib"] if data == "stdlib" else data)
     if not path.exists():
         raise FileNotFoundError(
@@ -452,9 +458,9 @@ def read_tokens(data: str) -> np.ndarray:
 class Corpus:
     """Training and validation windows of a token array.
 
-    The array is cut into 40 stretches; the last 5% of each is for validation, so that
-    both parts are alike. A batch depends on the seed and its step alone, thus a resumed
-    run sees the data it would have seen.
+    The array is cut into 40 stretches, and the last 5% of each are for validation, so
+    that both parts are alike. A batch depends on the seed and its step alone, so a
+    resumed run sees the data it would have seen.
     """
 
     tokens: np.ndarray
@@ -469,7 +475,7 @@ class Corpus:
             )
 
     def batch(self, step: int, size: int, *, validation: bool = False) -> np.ndarray:
-        """Tokens `[size, context + 1]`, int32."""
+        """The tokens of a batch, `[size, context + 1]`, int32."""
         rng = np.random.default_rng([self.config.seed, step, validation])
         stretch = len(self.tokens) // 40
         split = int(0.95 * stretch)
@@ -486,7 +492,7 @@ class Corpus:
         return tokens
 
     def micro_batches(self, step: int) -> np.ndarray:
-        """Tokens of a training step, `[micro-batches, batch, context + 1]`."""
+        """The tokens of a training step, `[micro-batches, batch, context + 1]`."""
         tokens = self.batch(step, self.config.batch)
         return tokens.reshape(self.config.accumulate, -1, tokens.shape[-1])
 
@@ -495,12 +501,12 @@ class Corpus:
 
 
 def is_matrix(path: tuple[Any, ...], param: Any) -> bool:
-    """Whether a parameter is a matrix, or such of all layers in a stack."""
+    """Whether a parameter is a matrix, or a stack of the matrices of all layers."""
     return param.ndim == (3 if "blocks" in names(path) else 2)
 
 
 def soap_dimension_numbers(params: Any) -> Any:
-    """The last two axes of matrices, thus each layer of a stack for itself."""
+    """Gives the last two axes of matrices factors, so that layers have their own."""
 
     def one(path, param):
         return soap_optax.DimensionNumbers((-2, -1)) if is_matrix(path, param) else None
@@ -509,7 +515,7 @@ def soap_dimension_numbers(params: Any) -> Any:
 
 
 def muon_dimension_numbers(params: Any) -> Any:
-    """Muon for the hidden matrices, its Adam for all else."""
+    """Gives hidden matrices to Muon, and all else to the Adam within it."""
 
     def one(path, param):
         hidden = names(path)[0].startswith("block") and is_matrix(path, param)
@@ -596,7 +602,7 @@ def make_unclipped(
 def cross_entropy(
     model: Transformer, params: Any, tokens: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
-    """Mean cross-entropy (nats per token) and mean squared log-partition (z)."""
+    """The mean cross-entropy (nats per token) and the mean squared log-partition z."""
     logits = model.apply({"params": params}, tokens[:, :-1])
     log_z = jax.nn.logsumexp(logits, axis=-1)
     target = jnp.take_along_axis(logits, tokens[:, 1:, None], axis=-1)[..., 0]
@@ -606,7 +612,7 @@ def cross_entropy(
 def train_step(
     state: TrainState, tokens: jax.Array, *, model: Transformer, z_loss: float
 ) -> tuple[TrainState, jax.Array]:
-    """One step on `[micro-batches, batch, context + 1]` tokens."""
+    """Takes a step on tokens `[micro-batches, batch, context + 1]`."""
 
     def loss_fn(params, micro_batch):
         loss, log_z_squared = cross_entropy(model, params, micro_batch)
@@ -633,7 +639,7 @@ def first_state(
 
 
 def make_state(config: Config, model: Transformer) -> TrainState:
-    """The first state, made where it belongs: no device of a mesh has all of it."""
+    """Makes the first state where it belongs, so that no device has all of it."""
     init = functools.partial(first_state, model, make_optimizer(config, model.mesh))
     key = jax.random.key(config.seed)
     shardings = None
@@ -645,7 +651,10 @@ def make_state(config: Config, model: Transformer) -> TrainState:
 def jit_step(
     config: Config, model: Transformer, state: TrainState
 ) -> jax.stages.Wrapped:
-    """`train_step` in place, for states like this one, of arrays or of their shapes."""
+    """Compiles `train_step` for states like this one, which it overwrites.
+
+    The state may be of arrays or of their shapes.
+    """
     step_fn = functools.partial(train_step, model=model, z_loss=config.z_loss)
     shardings = None
     if model.mesh is not None:
@@ -657,8 +666,8 @@ def jit_step(
 class Row:
     """Metrics at a step; seconds are those spent in training steps since the start.
 
-    The last four say how the eigenbases are, see `soap_optax.diagnostics`: the median
-    over all factors of the condition number, means of the others.
+    The last four say how good the eigenbases are, see `soap_optax.diagnostics`. The
+    condition number is the median over all factors, and the others are means.
     """
 
     step: int
@@ -698,7 +707,7 @@ def diagnose(opt_state: optax.OptState) -> dict[str, jax.Array]:
 
 
 def describe_bases(config: Config, state: TrainState) -> dict[str, float]:
-    """What `diagnose` says, or nothing if there are none or it is not asked for."""
+    """What `diagnose` says, or nothing without eigenbases or if nobody asks for it."""
     if config.optimizer not in ("soap", "shampoo") or not config.diagnose:
         return {}
     return {name: float(value) for name, value in diagnose(state.opt_state).items()}
@@ -707,7 +716,7 @@ def describe_bases(config: Config, state: TrainState) -> dict[str, float]:
 def open_checkpoints(
     config: Config, state: TrainState
 ) -> tuple[ocp.CheckpointManager | None, TrainState, float]:
-    """The checkpoints, and the state and seconds to start from."""
+    """Opens the checkpoints, and gives the state and the seconds to start from."""
     if config.checkpoint_dir is None:
         if config.resume:
             raise ValueError("--resume needs --checkpoint-dir, got none")
@@ -729,7 +738,7 @@ def open_checkpoints(
 def train(
     config: Config, clock: Callable[[], float] = time.perf_counter
 ) -> Iterator[Row]:
-    """Trains and yields a row of metrics at every evaluation, seconds by the clock."""
+    """Trains, and yields metrics at every evaluation, with seconds by the clock."""
     config = config.filled()
     corpus = Corpus(read_tokens(config.data), config)
     mesh = make_mesh(config)
@@ -754,15 +763,9 @@ def train(
         jax.block_until_ready(loss)
         seconds += clock() - since
         if evaluate:
-            trained = len(losses) * config.batch * config.context
-            row = Row(
-                step=done,
-                seconds=round(seconds, 3),
-                train_loss=float(np.mean(losses)),
-                validation_loss=validate(state),
-                tokens_per_second=round(trained / (seconds - seconds_before), 1),
-                **describe_bases(config, state),
-            )
+            figures = measure(config, state, losses, seconds - seconds_before)
+            loss = validate(state)
+            row = Row(done, round(seconds, 3), validation_loss=loss, **figures)
             losses, seconds_before = [], seconds
             progress.set_postfix_str(row.summary())
             yield row
@@ -771,6 +774,18 @@ def train(
         since = clock()
     if manager:
         manager.wait_until_finished()
+
+
+def measure(
+    config: Config, state: TrainState, losses: list[jax.Array], seconds: float
+) -> dict[str, float]:
+    """The figures of a `Row` about the steps since the last one, and the eigenbases."""
+    trained = len(losses) * config.batch * config.context
+    return {
+        "train_loss": float(np.mean(losses)),
+        "tokens_per_second": round(trained / seconds, 1),
+        **describe_bases(config, state),
+    }
 
 
 def make_validation(
@@ -815,7 +830,7 @@ def save(manager: ocp.CheckpointManager, state: TrainState, seconds: float) -> N
 def restore(
     manager: ocp.CheckpointManager, state: TrainState
 ) -> tuple[TrainState, float]:
-    """The newest checkpoint, on the devices of `state`."""
+    """Reads the newest checkpoint onto the devices of `state`."""
     newest = manager.latest_step()
     if newest is None:
         raise FileNotFoundError(
@@ -850,7 +865,7 @@ def main(config: Config) -> None:
         jax.distributed.initialize(
             config.coordinator, config.processes, config.process_id
         )
-    if jax.process_index() > 0:  # the first process speaks for all
+    if jax.process_index() > 0:  # The first process speaks for all.
         config = dataclasses.replace(config, metrics=None)
     rows: list[Row] = []
     if config.metrics and config.resume and config.metrics.exists():

@@ -1,16 +1,17 @@
 """The paper's comparison of optimizers on a small language model.
 
-    python experiments/language_model.py                       # all, an hour
+    python experiments/language_model.py                      # All parts take an hour.
     python experiments/language_model.py --parts efficiency
 
-The model is the tiny preset of `examples/train_lm.py`, on the source files of Python's
-standard library. Runs are kept in `--runs` and not repeated, so that a command that was
-stopped goes on. Each part prints a table and writes it, with a plot, to `--out`:
+The model is the tiny preset of `examples/train_lm.py`, and it is trained on the source
+files of Python's standard library. Runs are kept in `--runs` and not repeated, so that
+a command that was stopped goes on where it was. Each part prints a table and writes it,
+with a plot, to `--out`:
 
-    efficiency  steps and seconds to AdamW's final loss, each optimizer at its best rate
-    frequency   the loss against the steps between refreshes
-    batch_size  the steps to a fixed loss against the batch size
-    ablations   what the options of SOAP cost and bring
+    efficiency  counts the steps and seconds of each optimizer to AdamW's final loss
+    frequency   shows the final loss against the steps between refreshes
+    batch_size  shows the steps to a fixed loss against the batch size
+    ablations   shows what the options of SOAP cost and bring
 """
 
 import dataclasses
@@ -73,14 +74,14 @@ class Experiment:
 
     parts: tuple[str, ...] = ("efficiency", "frequency", "batch_size", "ablations")
     seeds: int = 3
-    """Of the comparison of optimizers; all else is of one seed."""
+    """How many seeds the comparison of optimizers has; the other parts have one."""
     runs: Path = Path("runs/language_model")
     out: Path = Path("runs/language_model")
 
 
 @dataclasses.dataclass(frozen=True)
 class Curve:
-    """A run: steps, seconds of one core, and validation losses."""
+    """The steps, the seconds of one core and the validation losses of a run."""
 
     config: Config
     steps: np.ndarray
@@ -88,7 +89,10 @@ class Curve:
     losses: np.ndarray
 
     def reached(self, loss: float) -> tuple[float, float]:
-        """Steps and seconds to a loss, between evaluations on a line; or infinite."""
+        """The steps and the seconds to a loss, infinite if the run does not reach it.
+
+        Between two evaluations the loss is taken to fall on a line.
+        """
         below = np.flatnonzero(self.losses <= loss)
         if not len(below):
             return np.inf, np.inf
@@ -108,7 +112,7 @@ def run(config: Config) -> list[Row]:
 
 
 def name_of(config: Config) -> str:
-    """What is not as in `BASE`."""
+    """A name made of all fields that are not as in `BASE`."""
     fields = [field.name for field in dataclasses.fields(config)]
     changes = [n for n in fields if getattr(config, n) != getattr(BASE, n)]
     return ",".join(f"{n}={getattr(config, n)}" for n in changes) or "base"
@@ -135,7 +139,8 @@ def curves(experiment: Experiment, configs: Iterable[Config]) -> list[Curve]:
 def tuned(experiment: Experiment) -> tuple[dict[str, Config], list[Row]]:
     """The best configuration of each optimizer, and the sweep that says so.
 
-    Learning rates at b2 = 0.95; of AdamW, whose b2 matters, at the best one 0.99, too.
+    Learning rates are swept at b2 = 0.95. AdamW, whose b2 matters, also runs with 0.99
+    at its best learning rate.
     """
     sweep = curves(
         experiment,
@@ -282,12 +287,13 @@ def plot_frequency(found: list[Curve], adamw: float, path: Path) -> None:
 
 
 def batch_size(experiment: Experiment) -> None:
-    """Learning rates grow with the root of the batch size from the tuned one.
+    """Counts the steps to a loss for each batch size.
 
-    The loss is the highest that any of the runs ends with, so that all reach it.
+    The learning rate is the tuned one times the root of the ratio of batch sizes. The
+    loss is the highest with which any of the runs ends, so that all reach it.
     """
     configs, _ = tuned(experiment)
-    base = 32  # of the preset
+    base = 32  # The batch of the preset.
     found = curves(
         experiment,
         [

@@ -1,14 +1,14 @@
 """SOAP and Adam on physics-informed neural networks.
 
-    python experiments/pinn.py --out docs/results    # 10 minutes on 2 cores
+    python experiments/pinn.py --out docs/results    # It takes 10 minutes on 2 cores.
 
 A network u(t, x) on [0, 1] x [-1, 1], periodic in x, is trained on the residual of a
-partial differential equation at random points, new ones at each step. Both optimizers
-have the same network, points, number of steps and schedule. Each has a sweep of
-learning rates with the first seed; the others run at the rate with the least error.
-Errors are relative, in L2, on a grid of 101 x 256 points, against a pseudospectral
-solution in float64. Finished runs in `<runs>` are not repeated. Writes
-`<out>/pinn.csv` and `<out>/pinn.png`.
+partial differential equation at random points, which are new at each step. Both
+optimizers have the same network, points, number of steps and schedule. Each has a sweep
+of learning rates with the first seed, and the other seeds run at the rate with the
+least error. Errors are relative and in L2, on a grid of 101 x 256 points, against a
+pseudospectral solution in float64. Finished runs in `<runs>` are not repeated. The
+command writes `<out>/pinn.csv` and `<out>/pinn.png`.
 """
 
 import dataclasses
@@ -49,9 +49,9 @@ class Experiment:
     steps: int = 12_000
     seeds: int = 3
     out: Path = Path("runs/pinn")
-    """Where table and plot go."""
+    """The folder of the table and the plot."""
     runs: Path = Path("runs/pinn")
-    """Where runs are kept."""
+    """The folder in which runs are kept."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,14 +76,15 @@ class Job:
 
 @dataclasses.dataclass(frozen=True)
 class Problem:
-    """An equation, and the same in Fourier space: dv/dt = linear v + nonlinear(u).
+    """An equation, which is dv/dt = linear v + nonlinear(u) in Fourier space.
 
     Attributes:
-      residual: of a field, at times and places.
-      initial: u(0, x), of x and a cosine, NumPy's or JAX's.
-      modes: Fourier modes of x that the network is given.
-      linear: of the wave numbers.
-      nonlinear: of values on the grid and the wave numbers, to Fourier space.
+      residual: gives the residual of a field at times and places.
+      initial: gives u(0, x) for x and a cosine, which is NumPy's or JAX's.
+      modes: how many Fourier modes of x the network is given.
+      linear: gives the linear part for the wave numbers.
+      nonlinear: gives the nonlinear part in Fourier space, for the values on the grid
+        and the wave numbers.
     """
 
     residual: Callable[[Field, jax.Array, jax.Array], jax.Array]
@@ -94,7 +95,7 @@ class Problem:
 
 
 def derivatives(function: Callable[[Any], Any], at: jax.Array, order: int) -> list[Any]:
-    """The function, elementwise, and its derivatives up to an order."""
+    """The values of an elementwise function and of its derivatives up to an order."""
     if order == 0:
         return [function(at)]
 
@@ -105,14 +106,14 @@ def derivatives(function: Callable[[Any], Any], at: jax.Array, order: int) -> li
 
 
 def allen_cahn(u: Field, t: jax.Array, x: jax.Array) -> jax.Array:
-    """u_t - 1e-4 u_xx - 5 u + 5 u^3."""
+    """The residual u_t - 1e-4 u_xx - 5 u + 5 u^3."""
     _, u_t = derivatives(lambda t: u(t, x), t, 1)
     value, _, u_xx = derivatives(lambda x: u(t, x), x, 2)
     return u_t - 1e-4 * u_xx - 5 * value + 5 * value**3
 
 
 def korteweg_de_vries(u: Field, t: jax.Array, x: jax.Array) -> jax.Array:
-    """u_t + u u_x + 0.022^2 u_xxx."""
+    """The residual u_t + u u_x + 0.022^2 u_xxx."""
     _, u_t = derivatives(lambda t: u(t, x), t, 1)
     value, u_x, _, u_xxx = derivatives(lambda x: u(t, x), x, 3)
     return u_t + value * u_x + 0.022**2 * u_xxx
@@ -142,9 +143,10 @@ def grid(size: int) -> np.ndarray:
 
 @functools.cache
 def solution(name: str, size: int = 1024, steps: int = 4000) -> np.ndarray:
-    """Values at 101 times and 256 places, by exponential Runge-Kutta of fourth order.
+    """The solution at 101 times and 256 places.
 
-    (ETDRK4 of Cox and Matthews, with Kassam's and Trefethen's means over circles.)
+    It is computed by an exponential Runge-Kutta method of fourth order, ETDRK4 of Cox
+    and Matthews, with the means over circles of Kassam and Trefethen.
     """
     problem, h = PROBLEMS[name], 1 / steps
     k = np.pi * np.arange(size // 2 + 1)
@@ -192,16 +194,17 @@ class Network(nn.Module):
 
 
 def field(problem: Problem, params: Any) -> Field:
-    """u(0, x) + t network(t, x): the initial condition holds exactly."""
+    """The field u(0, x) + t network(t, x), for which the initial condition is exact."""
     network = Network(problem.modes)
     return lambda t, x: problem.initial(x, jnp.cos) + t * network.apply(params, t, x)
 
 
 def make_loss(problem: Problem) -> Callable[[Any, jax.Array], Any]:
-    """Mean squared residual at random points: with causal weights, and without.
+    """Makes a loss: the mean squared residual at random points, and it unweighted.
 
     The points are spread evenly over time. Residuals count less while earlier ones are
-    large, exp(-sum of their means over spans of time): arXiv 2203.07404.
+    large: their weight is exp(-m), where m sums the means over all earlier spans of
+    time, as in arXiv 2203.07404. The second result has no weights.
     """
 
     def loss(params, key):
@@ -218,7 +221,7 @@ def make_loss(problem: Problem) -> Callable[[Any, jax.Array], Any]:
 def make_advance(
     loss: Callable[..., Any], tx: optax.GradientTransformation
 ) -> Callable[..., Any]:
-    """Steps, one for each key, and their losses without weights."""
+    """Makes a function that takes a step for each key and gives losses unweighted."""
 
     def step(carry, key):
         params, state = carry
@@ -230,7 +233,7 @@ def make_advance(
 
 
 def make_error(name: str) -> Callable[[Any], jax.Array]:
-    """The relative error of parameters, in L2."""
+    """Makes a function that gives the relative error of parameters in L2."""
     times, places = np.meshgrid(np.linspace(0, 1, 101), grid(256), indexing="ij")
     expected = solution(name).ravel()
 
@@ -242,7 +245,7 @@ def make_error(name: str) -> Callable[[Any], jax.Array]:
 
 
 def train(job: Job) -> list[Row]:
-    """Errors, and mean losses since the last, at equal distances of steps."""
+    """Trains, and gives the error and the mean loss after every so many steps."""
     problem, key = PROBLEMS[job.problem], jax.random.key(job.seed)
     schedule = optax.warmup_cosine_decay_schedule(
         0.0, job.rate, job.steps // 20, job.steps
@@ -291,7 +294,7 @@ def summary(job: Job, run: list[dict[str, str]]) -> Row:
 
 
 def plot(jobs: list[Job], runs: Runs, path: Path) -> None:
-    """Errors against steps and seconds, a row for each problem."""
+    """Draws errors against steps and seconds, in a row of panels for each problem."""
     count = len(PROBLEMS)
     figure, panels = plt.subplots(
         count, 2, figsize=(10, 3.5 * count), layout="constrained"

@@ -1,6 +1,6 @@
 """Measures what docs/reliability.md promises.
 
-    python experiments/reliability.py                 # all, half an hour
+    python experiments/reliability.py                 # All parts take half an hour.
     python experiments/reliability.py --parts spikes drift
 
 Each part prints a table and writes it to `<out>/reliability_<part>.csv`.
@@ -26,8 +26,8 @@ from results import Row, read, report, require_known
 import soap_optax
 
 SHAPE = (16, 12)
-APART = 10**6  # added to steps, for random numbers of their own
-Gradient = Callable[..., jax.Array]  # of a key, the step, and more
+APART = 10**6  # It is added to steps where other random numbers are needed.
+Gradient = Callable[..., jax.Array]  # Its arguments are a key, the step, and more.
 
 
 # --- gradients that optimizers are afraid of -----------------------------------------
@@ -84,7 +84,11 @@ def rms(array: jax.Array) -> jax.Array:
 def simulation(
     tx: optax.GradientTransformation, gradient: Gradient, steps: int
 ) -> Callable[..., tuple[np.ndarray, Any]]:
-    """From a seed, and more for `gradient`, to the sizes of updates and the state."""
+    """Makes a function that takes `steps` steps.
+
+    Its arguments are a seed and what else `gradient` takes; its results are the root
+    mean squares of all updates, and the last state.
+    """
 
     @jax.jit
     def run(seed, *more):
@@ -100,7 +104,7 @@ def simulation(
 
 
 def orthonormality(state: soap_optax.EigenbasisState) -> float:
-    """The largest entry of |Q^T Q - I|, infinite if one is not finite."""
+    """The largest entry of |Q^T Q - I|, infinite if an entry is not finite."""
     errors = [
         np.abs(np.swapaxes(q, -2, -1) @ q - np.eye(q.shape[-1])).max()
         for q in (np.asarray(q, np.float64) for q in jax.tree.leaves(state.eigenbases))
@@ -109,7 +113,7 @@ def orthonormality(state: soap_optax.EigenbasisState) -> float:
 
 
 def bad_gradients() -> Iterator[Row]:
-    """10,000 steps of each kind, the defaults of `scale_by_soap`."""
+    """Takes 10,000 steps on gradients of each kind with `scale_by_soap()`."""
     for name, gradient in BAD_GRADIENTS.items():
         tx = optax.apply_if_finite(soap_optax.scale_by_soap(), 10)
         sizes, state = simulation(tx, gradient, 10_000)(0)
@@ -128,7 +132,7 @@ def bad_gradients() -> Iterator[Row]:
 def null_shares(
     size: int, rank: int, scale: float, rcond: float | None, steps: int = 40
 ) -> list[float]:
-    """Shares of the updates' norms outside of the span of gradients of low rank."""
+    """The shares of updates' norms that lie outside of the span of the gradients."""
     rng = np.random.default_rng(0)
     left, right = rng.normal(size=(size, rank)), rng.normal(size=(rank, size))
     span = np.linalg.qr(left)[0]
@@ -141,13 +145,13 @@ def null_shares(
         step, state = update(jnp.asarray(gradient, jnp.float32), state)
         step = np.asarray(step, np.float64)
         outside = step - span @ (span.T @ step)
-        if i > 0:  # the first step only builds the basis
+        if i > 0:  # The first step only builds the basis.
             shares.append(np.linalg.norm(outside) / np.linalg.norm(step))
     return shares
 
 
 def round_off() -> Iterator[Row]:
-    """The null-space share with the damping and, `rcond=0`, as published."""
+    """Null-space shares with damping and, by `rcond=0`, as published without it."""
     for size, rank in ((64, 4), (256, 16)):
         for scale in (1, 1e-3, 1e-5):
             for rcond in (None, 0):
@@ -163,7 +167,7 @@ def round_off() -> Iterator[Row]:
 
 
 def loss(seeds: tuple[int, ...] = (0, 1, 2)) -> Iterator[Row]:
-    """Final validation loss of the tiny language model with and without the damping.
+    """Trains the tiny language model with and without damping, for the final losses.
 
     Finished runs in runs/reliability are not repeated.
     """
@@ -186,7 +190,7 @@ def loss(seeds: tuple[int, ...] = (0, 1, 2)) -> Iterator[Row]:
 def spiking(
     key: jax.Array, step: jax.Array, at: int, size: float, rank_one: bool
 ) -> jax.Array:
-    """A constant gradient in noise of its size, with one spike."""
+    """A constant gradient plus noise of its size, and a spike at one step."""
     steady = normal(key, APART) + normal(key, step)
     direction = normal(key, APART + 1)
     outer = direction[:, :1] * direction[:1]
@@ -195,9 +199,9 @@ def spiking(
 
 
 def spikes(at: int = 300, steps: int = 2000, seeds: int = 5) -> Iterator[Row]:
-    """Steps until updates stay within 10% of the size they have without the spike."""
+    """Counts steps until updates stay within 10% of their size without the spike."""
     adam, soap = optax.scale_by_adam, soap_optax.scale_by_soap
-    clip = optax.clip_by_global_norm(20.0)  # the norm of the steady gradients
+    clip = optax.clip_by_global_norm(20.0)  # Steady gradients have this norm.
     for name, tx in {
         "adam, b2=0.95": adam(0.95, 0.95),
         "adam, b2=0.99": adam(0.95, 0.99),
@@ -232,7 +236,7 @@ def spikes(at: int = 300, steps: int = 2000, seeds: int = 5) -> Iterator[Row]:
 
 
 def drift(marks: tuple[int, ...] = (1_000, 10_000, 100_000)) -> Iterator[Row]:
-    """Noisy descent on a quadratic that turns by a full circle in 100,000 steps."""
+    """Descends with noise on a quadratic that turns around once in 100,000 steps."""
     for name, options in {
         "f=1": {"precondition_frequency": 1},
         "f=10": {},
@@ -266,14 +270,17 @@ def drift(marks: tuple[int, ...] = (1_000, 10_000, 100_000)) -> Iterator[Row]:
 def turning_quadratic(
     tx: optax.GradientTransformation, carry: Any, first: jax.Array, steps: int
 ) -> Any:
-    """`steps` steps from step `first` on; curvatures from 1 to 1e-3 on both sides."""
+    """Takes `steps` steps from step `first` on, on a quadratic that turns.
+
+    Its curvatures are from 1 to 1e-3 on both sides.
+    """
     rows, columns = carry[0].shape
     turn = (
         jnp.zeros((rows, rows))
         .at[jnp.arange(0, rows, 2), jnp.arange(1, rows, 2)]
         .set(1)
     )
-    turn = turn - turn.T  # in the planes of two neighbours
+    turn = turn - turn.T  # It turns in the planes of two neighbours.
 
     def step(carry, i):
         params, state = carry

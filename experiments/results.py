@@ -1,4 +1,4 @@
-"""What the experiments share: runs that are kept, and tables that say the machine."""
+"""What the experiments share: runs that are kept, and tables that name the machine."""
 
 import concurrent.futures
 import csv
@@ -17,7 +17,7 @@ Row = dict[str, Any]
 
 
 def machine() -> dict[str, str]:
-    """Machine, versions and dtype, for every row."""
+    """The machine, the versions and the dtype, which stand in every row of a table."""
     return {
         "device": jax.devices()[0].device_kind,
         "cores": str(os.cpu_count()),
@@ -37,7 +37,7 @@ def read(path: Path) -> list[dict[str, str]]:
 
 
 def write(path: Path, rows: list[Row]) -> None:
-    """Writes a table all at once: a file that is there is whole."""
+    """Writes a table all at once, so that a file that is there is whole."""
     path.parent.mkdir(parents=True, exist_ok=True)
     fields = list(dict.fromkeys(key for row in rows for key in row))
     draft = path.with_suffix(".part")
@@ -49,7 +49,7 @@ def write(path: Path, rows: list[Row]) -> None:
 
 
 def require_known(option: str, given: Iterable[str], known: Collection[str]) -> None:
-    """Ends the program if something is asked for that there is not."""
+    """Ends the program with an error if anything `given` is not `known`."""
     if unknown := [name for name in given if name not in known]:
         names = ", ".join(known)
         sys.exit(f"error: --{option} must be of {names}, got {', '.join(unknown)}")
@@ -58,7 +58,16 @@ def require_known(option: str, given: Iterable[str], known: Collection[str]) -> 
 def report(
     rows: Iterable[Row], path: Path, about: Mapping[str, str] | None = None
 ) -> list[Row]:
-    """Prints rows as they come, writes those there are with the machine, or `about`."""
+    """Prints rows as they come, and writes all that have come into a table.
+
+    Args:
+      rows: of the table.
+      path: of the file.
+      about: further columns, the same in every row; None: `machine()`.
+
+    Returns:
+      The rows.
+    """
     about = machine() if about is None else about
     found: list[Row] = []
     for row in rows:
@@ -73,14 +82,14 @@ def run_all(
 ) -> dict[str, list[dict[str, str]]]:
     """The rows of each job, as they stand in `<folder>/<name>.csv`.
 
-    Jobs without a file are run, as many at a time as there are cores, each in a process
-    on a core of its own, so that they do not wait for one another. On an accelerator,
-    or where processes cannot be kept on a core: one after the other.
+    Jobs without a file are run, as many at a time as there are cores. Each has a
+    process on a core of its own, so that they do not wait for one another. On an
+    accelerator, or where a process cannot be kept on a core, one job follows another.
     """
     missing = [name for name in jobs if not (folder / f"{name}.csv").exists()]
     on_cpu = jax.default_backend() == "cpu" and hasattr(os, "sched_setaffinity")
     if missing and on_cpu:
-        # Of the processes below, before they load LAPACK: one core, one thread.
+        # The processes inherit this before they load LAPACK: a core has one thread.
         os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
         cores = multiprocessing.get_context("spawn").SimpleQueue()
         available = sorted(os.sched_getaffinity(0))

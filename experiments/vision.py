@@ -1,12 +1,12 @@
 """SOAP and AdamW on small images: a convolutional network on handwritten digits.
 
-    python experiments/vision.py --out docs/results    # 4 minutes on 2 cores
+    python experiments/vision.py --out docs/results    # It takes 4 minutes on 2 cores.
 
 The images are the 1,797 digits of 8 x 8 pixels that come with scikit-learn. Each seed
-has a split of its own into training, validation and test images, a network and batches.
-The learning rate of each optimizer is the one of its sweep with the lowest validation
-loss, averaged over the seeds. Finished runs in `<runs>` are not repeated. Writes
-`<out>/vision.csv` and `<out>/vision.png`.
+has its own split into training, validation and test images, its own network and its own
+batches. The learning rate of each optimizer is the one of its sweep that has the lowest
+validation loss, averaged over the seeds. Finished runs in `<runs>` are not repeated.
+The command writes `<out>/vision.csv` and `<out>/vision.png`.
 """
 
 import dataclasses
@@ -34,7 +34,7 @@ BATCH, HELD_OUT, WEIGHT_DECAY = 64, 300, 1e-2
 
 adamw = functools.partial(optax.adamw, weight_decay=WEIGHT_DECAY)
 soap = functools.partial(soap_optax.soap, weight_decay=WEIGHT_DECAY)
-# Axes are merged up to 512; up to 10,000, a kernel would be one axis of 4,608.
+# Axes are merged up to 512. Up to 10,000, a kernel would become one axis of 4,608.
 merged = functools.partial(soap, merge_dims=True, max_precond_dim=512)
 OPTIMIZERS: dict[str, Callable[..., optax.GradientTransformation]] = {
     "AdamW": adamw,
@@ -54,14 +54,14 @@ class Experiment:
     epochs: int = 20
     seeds: int = 5
     out: Path = Path("runs/vision")
-    """Where table and plot go."""
+    """The folder of the table and the plot."""
     runs: Path = Path("runs/vision")
-    """Where runs are kept."""
+    """The folder in which runs are kept."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Job:
-    """All seeds of an optimizer and learning rate: one compilation."""
+    """All seeds of an optimizer and a learning rate, which share a compilation."""
 
     optimizer: str
     rate: float
@@ -87,7 +87,7 @@ class Network(nn.Module):
 
 
 def digits(seed: int) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-    """Images and labels, in three parts."""
+    """The images and labels of a seed, split into three parts."""
     data = load_digits()
     order = np.random.default_rng(seed).permutation(len(data.target))
     images = (data.images[order, ..., None] / 16).astype(np.float32)
@@ -107,7 +107,10 @@ evaluate = jax.jit(loss_and_accuracy)
 
 
 def make_step(tx: optax.GradientTransformation) -> Callable[..., Any]:
-    """One step; not for `jax.lax.scan`, which made convolutions 25 times slower."""
+    """Makes a step, which is called in a Python loop.
+
+    In a `jax.lax.scan` convolutions are many times slower on CPU (jax-ml/jax#12868).
+    """
 
     @jax.jit
     def step(params, state, images, labels):
@@ -119,7 +122,7 @@ def make_step(tx: optax.GradientTransformation) -> Callable[..., Any]:
 
 
 def train(job: Job) -> list[Row]:
-    """Losses and accuracies after each epoch, of each seed."""
+    """Trains with each seed, and gives losses and accuracies after each epoch."""
     per_epoch = len(digits(0)["training"][1]) // BATCH
     steps = job.epochs * per_epoch
     schedule = optax.warmup_cosine_decay_schedule(0.0, job.rate, steps // 10, steps)
@@ -131,7 +134,9 @@ def train(job: Job) -> list[Row]:
         images, labels = parts["training"]
         params = Network().init(jax.random.key(seed), images[:1])
         carry = params, tx.init(params)
-        jax.block_until_ready(step(*carry, images[:BATCH], labels[:BATCH]))  # compiles
+        jax.block_until_ready(
+            step(*carry, images[:BATCH], labels[:BATCH])
+        )  # It compiles.
         for epoch in range(1, job.epochs + 1):
             since = time.process_time()
             order = rng.permutation(len(labels))[: per_epoch * BATCH]
@@ -157,7 +162,7 @@ def curve(rows: list[dict[str, str]], column: str) -> np.ndarray:
 
 
 def summary(job: Job, rows: list[dict[str, str]]) -> Row:
-    """Means over the seeds after the last epoch."""
+    """A row of the table: means over the seeds after the last epoch."""
     last = {column: curve(rows, column)[:, -1] for column in rows[0]}
     return {
         "optimizer": job.optimizer,
@@ -174,7 +179,7 @@ def summary(job: Job, rows: list[dict[str, str]]) -> Row:
 
 
 def plot(runs: dict[str, list[dict[str, str]]], path: Path) -> None:
-    """Means over the seeds against epochs, and each seed, fainter."""
+    """Draws means over the seeds against epochs, and fainter lines for each seed."""
     curves = {
         "training loss (nats)": lambda rows: curve(rows, "training loss"),
         "test loss (nats)": lambda rows: curve(rows, "test loss"),

@@ -1,4 +1,4 @@
-"""What the factors and eigenbases of a state say about themselves."""
+"""Figures about the factors and eigenbases of a state."""
 
 import functools
 from typing import Any, NamedTuple
@@ -16,14 +16,15 @@ class Diagnostics(NamedTuple):
     """Figures of one factor M and its eigenbasis Q, each an array `[grid…]`, float32.
 
     Attributes:
-      condition: largest over smallest Rayleigh quotient of the columns of Q: the
-        condition number of M or, where Q is old, less; infinite where M is singular up
-        to round-off.
-      off_diagonal: norm of the off-diagonal part of Q^T M Q over the norm of M: 0 if Q
-        diagonalizes M.
-      rotation: how far the eigenvectors have turned since the last refresh, as the
-        root mean square of the angles, in radians, by which one now would turn Q.
-      skipped: share of the refreshes that were due and left Q as it was.
+      condition: largest Rayleigh quotient q^T M q of the columns q of Q over the
+        smallest. It is the condition number of M or, where Q is old, less. It is
+        infinite where M is singular up to round-off.
+      off_diagonal: norm of the off-diagonal part of Q^T M Q over the norm of M. It is 0
+        if Q diagonalizes M.
+      rotation: how far the eigenvectors have turned since the last refresh: the root
+        mean square of the angles, in radians, by which a refresh by `soap_optax.QR`
+        would now turn the columns of Q.
+      skipped: share of the refreshes that left Q as it was, of those that were due.
     """
 
     condition: jax.Array
@@ -35,18 +36,19 @@ class Diagnostics(NamedTuple):
 def diagnostics(
     state: Any, *, precision: Any = jax.lax.Precision.HIGHEST
 ) -> dict[str, Any]:
-    """Says how well conditioned factors and how good eigenbases are.
+    """Says how well conditioned factors are, and how well eigenbases diagonalize them.
 
-    To be called now and then, inside `jax.jit` or not: it costs about a refresh.
+    It can run inside and outside `jax.jit`. Call it now and then only, because it costs
+    about as much as a refresh.
 
     Args:
-      state: an `EigenbasisState` or any optax state that holds one, or several of
+      state: an `EigenbasisState`, or any optax state that holds one, or several of
         different parameters.
-      precision: of the matrix products.
+      precision: precision of the matrix products.
 
     Returns:
-      Nested dicts like `EigenbasisState.factors`: in the place of a parameter a tuple
-      with `Diagnostics` per axis, or None where an axis has no factor.
+      Nested dicts like `EigenbasisState.factors`. In the place of a parameter stands a
+      tuple with `Diagnostics` per axis, or None where an axis has no factor.
 
     Raises:
       ValueError: if the state holds no `EigenbasisState`, or two of one parameter.
@@ -66,7 +68,7 @@ def diagnostics(
             _diagnose, refreshes=_array(one.refreshes), precision=precision
         )
         if not isinstance(one.factors, (dict, tuple, list)):
-            continue  # A transformation of no parameter has a scalar there.
+            continue  # The state for no parameters has a scalar there.
         figures = jax.tree.map(
             diagnose,
             one.factors,
@@ -79,7 +81,7 @@ def diagnostics(
 
 
 def _array(node: Any) -> Any:
-    """An array out of the variable in which NNX keeps it."""
+    """Takes an array out of the variable in which NNX keeps it, if there is one."""
     return jax.tree.leaves(node)[0]
 
 
@@ -92,7 +94,7 @@ def _eigenbasis_states(state: Any) -> list[EigenbasisState]:
 
 
 def _diagnose(*of_factor: Any, refreshes: jax.Array, precision: Any) -> Diagnostics:
-    """The figures of one factor, from it and what belongs to it in the state."""
+    """The figures of one factor, from the factor, its eigenbasis and its `skipped`."""
     factor, eigenbasis, skipped = (_array(x) for x in of_factor)
     factor, eigenbasis = map(_mesh.with_whole_rows, (factor, eigenbasis))
     condition, off_diagonal = _methods.quality(factor, eigenbasis, precision)
@@ -109,7 +111,7 @@ def _diagnose(*of_factor: Any, refreshes: jax.Array, precision: Any) -> Diagnost
 
 
 def _merge(some: Any, others: Any, path: str = "") -> Any:
-    """Nested dicts with the entries of both."""
+    """Merges nested dicts, and raises a `ValueError` for a parameter in both."""
     if not some:
         return others
     if not (isinstance(some, dict) and isinstance(others, dict)):

@@ -1,11 +1,13 @@
 """Runs any optax transformation in the eigenbasis of Shampoo's Kronecker factors.
 
-This is the step, and nothing else: project, run the inner transformation, project back;
-accumulate the factors, and refresh the eigenbases when they are due. It works on lists
-that follow the parameters; `_kronecker` knows how one parameter is multiplied.
+This module holds the step, and nothing else: project, run the inner transformation,
+project back; accumulate the factors, and refresh the eigenbases when they are due. The
+step works on lists in the order of the parameters (see `_state`). `_kronecker` knows
+how a single parameter is multiplied.
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any, Unpack
 
@@ -25,7 +27,7 @@ from soap_optax.refresh._clock import Clock
 from soap_optax.refresh._methods import Request, method_of
 from soap_optax.refresh._stacks import Bases
 
-_PerLeaf = list[list[Any]]  # for each parameter, an array or None per axis
+_PerLeaf = list[list[Any]]  # For each parameter it has an array or None per axis.
 
 
 @takes(EigenbasisOptions)
@@ -38,38 +40,41 @@ def in_eigenbasis(
 ) -> optax.GradientTransformationExtraArgs:
     """Runs `inner` in the eigenbasis of Shampoo's factors.
 
-    Updates and parameters reach `inner` projected, and its updates are projected back,
-    so that with Adam inside this is SOAP, and with Adafactor Shampoo of power 1/2. An
-    axis without a factor has the identity: where no axis has one, this *is* `inner`.
-    Inner updates in directions without gradients are taken out (see `rcond`), so weight
-    decay belongs outside.
+    Updates and parameters are projected before `inner` sees them, and the updates that
+    it makes are projected back. With Adam inside, this is SOAP; with Adafactor inside,
+    it is Shampoo of power 1/2. The eigenbasis of an axis without a factor is the
+    identity, so a parameter without factors gets the updates of `inner` itself (after a
+    first step without an update; see `basis`). Inner updates in directions without
+    gradients are taken out (see `rcond`), so weight decay belongs outside.
 
     A refresh carries arrays of the inner state that are linear in the gradient (first
     moments) over to the new eigenbasis. All other arrays, like second moments, belong
-    to coordinates and stay. Which is which is known for the states of optax; for any
-    other array of a parameter's shape it has to be said.
+    to coordinates and stay. The library knows which arrays of optax's states are which.
+    For any other array of the shape of a parameter with factors, `first_moments` or
+    `coordinatewise` has to say it.
 
     Args:
       inner: any optax transformation; it sees arrays of the parameters' shapes, in at
         least float32.
       first_moments: names of the fields of the inner state that are linear in the
-        gradient, beside those that are known.
+        gradient. They come before what the library knows of optax's states.
       coordinatewise: names of the fields of the inner state that belong to
-        coordinates, beside those that are known.
-      **options: see `soap_optax.soap`. `shampoo_beta` None means 0.95 here, and
-        `clip_update_rms` None, the default here, no clipping, because the scale of the
-        inner updates is not known.
+        coordinates. They come before what the library knows of optax's states.
+      **options: see `soap_optax.soap`. Here `shampoo_beta=None` means 0.95. The default
+        of `clip_update_rms` is None, because the scale of the inner updates is not
+        known.
 
     Returns:
       An `optax.GradientTransformationExtraArgs` with state `EigenbasisState`.
 
     Raises:
-      TypeError: for an unknown option, naming function and option.
-      ValueError: for an argument out of its range, naming argument, rule and value; in
-        `init` for an array of the inner state of which nobody said what it is, naming
-        its field; in `init` and `update` for parameters that are not real floating
-        point, dimension numbers that do not fit, and updates that differ from the
-        parameters of `init`, naming the parameter.
+      TypeError: for an unknown option; it names the function and the option.
+      ValueError: for an argument that breaks its rule, naming the argument, the rule
+        and the value; in `init` for an array of the inner state about which nothing is
+        known, naming its field, for a name that is no field, and for an inner state
+        that cannot work on projected parameters; in `init` and `update` for parameters
+        that are not real floating point, for dimension numbers that do not fit, and for
+        updates that differ from the parameters of `init`, naming the parameter.
 
     Example:
       >>> import jax.numpy as jnp, optax, soap_optax
@@ -103,29 +108,29 @@ def in_eigenbasis(
 
 @dataclasses.dataclass(frozen=True)
 class Inner:
-    """An inner transformation, which may know where it runs.
+    """How to make an inner transformation, which may know plans and eigenvalues.
 
     Attributes:
-      make: makes it for parameters with these plans, of which each axis has eigenvalues
-        as in `EigenbasisState`, in a list for each parameter. It is made in each step.
-      words: what is said of the arrays in its state.
-      follows: whether eigenvalues are followed between refreshes. Else they stay those
-        of the last refresh.
+      make: makes the transformation from the plans of the parameters and, in a list per
+        parameter, the eigenvalues of each axis. It is called anew in each step.
+      words: what the user says about the arrays in the transformation's state.
+      follows: whether the eigenvalues follow the gradients between refreshes. If not,
+        they stay those of the last refresh.
     """
 
     make: Callable[[Sequence[Leaf], _PerLeaf], optax.GradientTransformationExtraArgs]
-    words: Words = Words()  # noqa: RUF009, because tuples do not change
+    words: Words = Words()  # noqa: RUF009, because a tuple does not change
     follows: bool = True
 
 
 def make_transformation(
     inner: Inner, options: EigenbasisOptions
 ) -> optax.GradientTransformationExtraArgs:
-    """`in_eigenbasis` of an inner transformation that may know where it runs.
+    """Makes what `in_eigenbasis` returns, from an `Inner` instead of a transformation.
 
     Args:
-      inner: that transformation.
-      options: all of them; here `shampoo_beta` is not None.
+      inner: how the inner transformation is made.
+      options: a value for every option; `shampoo_beta` must not be None here.
     """
 
     def init_fn(params: optax.Params) -> EigenbasisState:
@@ -168,19 +173,19 @@ def make_transformation(
 
 
 def _settled(value: Any) -> Any:
-    """An array in the dtype that it keeps, also of a Python number or a weak type."""
+    """Converts an array or a number into an array whose dtype is not a weak type."""
     return jnp.asarray(value, jnp.result_type(value))
 
 
 @dataclasses.dataclass(frozen=True)
 class _Update:
-    """What the parts of one update have in common; each makes a state from a state.
+    """What the parts of one update share; each part makes a new state from an old one.
 
     Attributes:
-      plan: that of the updates.
-      options: all of them.
-      inner: the inner transformation.
-      params: the parameters, in a list, or None.
+      plan: the plan of the updates.
+      options: a value for every option.
+      inner: how the inner transformation is made.
+      params: the list of the parameters, or None.
       extra_args: further arguments of the inner transformation.
     """
 
@@ -191,7 +196,7 @@ class _Update:
     extra_args: dict[str, Any]
 
     def check(self, state: EigenbasisState) -> None:
-        """Raises a `ValueError` if the inner state is not one of these parameters."""
+        """Raises a `ValueError` if the inner state does not fit the updates."""
         transformation = self.inner.make(self.plan.leaves, state.eigenvalues)
         _moments.check_shapes(
             state.inner_state,
@@ -226,12 +231,12 @@ class _Update:
     def step_unless_first(
         self, state: EigenbasisState
     ) -> tuple[list[jax.Array], EigenbasisState]:
-        """Takes a step, but for the first, which only builds the eigenbases.
+        """Takes a step unless it is the first, which only builds the eigenbases.
 
-        Its update is zero, and the inner transformation is not run.
+        The update of the first step is zero, and the inner transformation does not run.
 
-        The two are branches of a conditional, because XLA can overwrite the inner state
-        there. Of a choice between two results neither could be overwritten.
+        The two cases are branches of a conditional, because XLA can overwrite the inner
+        state in a branch. It could not if both results were computed and one chosen.
         """
 
         def skip(eigenvalues: Any, inner_state: Any) -> tuple[Any, Any, Any]:
@@ -253,7 +258,7 @@ class _Update:
         return steps, state._replace(eigenvalues=eigenvalues, inner_state=inner_state)
 
     def accumulate(self, state: EigenbasisState) -> EigenbasisState:
-        """Accumulates the factors."""
+        """Moves the factors towards the gradients."""
         weight = self._weight(state)
         precision = self.options["precision"]
         factors = []
@@ -277,7 +282,10 @@ class _Update:
     def refresh(
         self, steps: list[jax.Array], state: EigenbasisState
     ) -> tuple[list[jax.Array], EigenbasisState]:
-        """Refreshes the eigenbases that are due, changes the first moments to them."""
+        """Refreshes the eigenbases that are due; first moments change basis with them.
+
+        The arrays `steps` are handed through; see `_in_place_if`.
+        """
         options = self.options
         moments, with_moments = _moments.split_first_moments(
             state.inner_state, self.plan.leaves, self.inner.words
@@ -287,12 +295,13 @@ class _Update:
         clock = Clock(options["precondition_frequency"], options["stagger"])
         slots = len(refresh.slots)
         begin, end = clock.due(state.count, slots)
-        bases, steps = _in_place_if(
-            jnp.less(begin, end),
-            lambda bases: refresh.run(bases, begin, end),
-            bases,
-            steps,
-        )
+        is_due = jnp.less(begin, end)
+        if isinstance(is_due, jax.core.Tracer):
+            bases, steps = _in_place_if(
+                is_due, lambda bases: refresh.run(bases, begin, end), bases, steps
+            )
+        elif is_due:
+            bases = _compiled_refresh(refresh, bases, begin, end)
         refreshes = jnp.where(
             clock.begins(state.count, slots),
             optax.safe_increment(state.refreshes),
@@ -309,10 +318,10 @@ class _Update:
     def _planned_refresh(
         self, state: EigenbasisState
     ) -> _stacks.Refresh | _spread.SpreadRefresh:
-        """The refresh of all parameters, as the options ask for it in this step."""
+        """Plans the refresh of all parameters, as options and step ask for it."""
         options: Any = self.options
         request = Request(
-            decompose=options["initial_basis"] == "eigh" and state.count == 0,
+            decompose=state.count == 0 if options["initial_basis"] == "eigh" else None,
             tolerance=options["refresh_tolerance"],
             precision=options["precision"],
         )
@@ -328,15 +337,15 @@ class _Update:
     def _weight(self, state: EigenbasisState) -> jax.typing.ArrayLike:
         """The weight of the newest gradient in the factors and eigenvalues.
 
-        With the current basis it is that of a bias-corrected mean, 1 at the first step;
-        also with KL-SOAP's factors, because each is weighted by the inverses of the
-        others.
+        With `basis="current"` it makes them bias-corrected means, and is 1 at the first
+        step. With `factors="kl"` it does so too, because each factor is weighted by the
+        inverses of the others.
         """
         beta: Any = self.options["shampoo_beta"]
         weight = 1 - beta
         if self.options["basis"] == "previous" and self.options["factors"] == "shampoo":
             return weight
-        return weight / (1 - beta ** (state.count + 1))
+        return weight / (1 - _power(beta, state.count + 1))
 
     def _project_and_follow(
         self,
@@ -346,7 +355,7 @@ class _Update:
         eigenvalues: Any,
         weight: jax.typing.ArrayLike,
     ) -> tuple[jax.Array, list[Any]]:
-        """The coordinates of a gradient, and the eigenvalues with it taken in."""
+        """The coordinates of a gradient, and the eigenvalues, which follow it."""
         coordinates, energies = _kronecker.project_and_measure(
             _placement.for_blocks(array.astype(leaf.dtype), leaf),
             eigenbases,
@@ -365,7 +374,7 @@ class _Update:
         return _apart_from_blocks(coordinates, leaf), eigenvalues
 
     def _projected_params(self, state: EigenbasisState) -> Any:
-        """The tree of the coordinates of the parameters, if there are any."""
+        """The tree of the coordinates of the parameters, or None without parameters."""
         if self.params is None:
             return None
         projected = [
@@ -385,7 +394,7 @@ class _Update:
     def _project_back(
         self, update: jax.Array, leaf: Leaf, eigenbases: Any, eigenvalues: Any
     ) -> jax.Array:
-        """The step of a parameter, from an inner update."""
+        """Damps an inner update, projects it back and clips it."""
         options, layout = self.options, leaf.layout
         limit = options["clip_update_rms"]
         update = _placement.for_blocks(_apart_from_blocks(update, leaf), leaf)
@@ -397,13 +406,31 @@ class _Update:
 
 
 def _apart_from_blocks(array: jax.Array, leaf: Leaf) -> jax.Array:
-    """Keeps what the inner transformation takes or gives out of XLA's passes with it.
+    """Keeps XLA from fusing blocks with the inner transformation.
 
-    It does so where the array is permuted to or from blocks: on GPU such a pass cannot
-    overwrite moments in bfloat16, and XLA copied them, which the column `copied_mb` of
-    `make gpu-check` shows. No public issue is known.
+    The array is what the inner transformation takes or makes. If the parameter has
+    blocks, the array is permuted to or from them. On GPU a pass over memory that does
+    this and updates moments in bfloat16 cannot overwrite them, and XLA copies them. The
+    column `copied_mb` of `make gpu-check` shows it. No public issue is known.
     """
     return jax.lax.optimization_barrier(array) if leaf.layout.blocked() else array
+
+
+@functools.partial(jax.jit, inline=True)
+def _power(base: jax.typing.ArrayLike, exponent: jax.Array) -> jax.Array:
+    """Computes a power in a program that serves all exponents, not one for each."""
+    return jnp.asarray(base**exponent)
+
+
+@jax.jit
+def _compiled_refresh(
+    refresh: _stacks.Refresh | _spread.SpreadRefresh, bases: Bases, begin: Any, end: Any
+) -> Bases:
+    """Refreshes in a step that is not traced, and compiles once for all such steps.
+
+    Without this, JAX would compile the branches of conditionals anew in each step.
+    """
+    return Bases(*refresh.run(bases, begin, end))
 
 
 def _in_place_if(
@@ -412,15 +439,15 @@ def _in_place_if(
     bases: Bases,
     steps: list[jax.Array],
 ) -> tuple[Bases, list[jax.Array]]:
-    """Refreshes the bases if it is due, and otherwise copies nothing.
+    """Refreshes the bases if a refresh is due, and copies nothing if none is.
 
     XLA lets the branches of a conditional overwrite their operands, so that the branch
-    that keeps them costs nothing, on three conditions. The branch that keeps is the
-    first, which with `jax.lax.switch` is that of index 0. Everything that reads the old
-    eigenbases comes before the conditional. Everything that is written in the other
-    branch is written after all reads of the old eigenbases. The steps were made with
-    them. So the steps are operands and results of both branches, and go through a
-    barrier in the second one, so that XLA does not see that they are unused there.
+    that keeps them costs nothing. This has three conditions. The branch that keeps is
+    the first, which has index 0 in `jax.lax.switch`. Everything that reads the old
+    eigenbases comes before the conditional. Everything that the other branch writes is
+    written after all reads of the old eigenbases. The steps were computed from the old
+    eigenbases. They are therefore operands and results of both branches, and go through
+    a barrier in the second one, so that XLA does not see that they are unused there.
 
     The order of branches is reported in jax-ml/jax#16661 and jax-ml/jax#39449. For the
     reads no public issue is known, and jax-ml/jax#16663 is near. The file

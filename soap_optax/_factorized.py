@@ -1,7 +1,7 @@
-"""Inner transformations that know where they run.
+"""Inner transformations that know the blocks of parameters, and their eigenvalues.
 
-They are made in each step, from the plans of the parameters and the eigenvalues of the
-factors, as `soap_optax._eigenbasis.Inner` says.
+The step makes them anew each time, from the plans of the parameters and the eigenvalues
+of the factors; see `soap_optax._eigenbasis.Inner`.
 """
 
 from collections.abc import Sequence
@@ -23,9 +23,10 @@ class FactorizedAdamState(NamedTuple):
     Attributes:
       count: steps taken, int32 scalar.
       mu: first moments, like the parameters.
-      nu: nested dicts with a tuple in the place of each parameter: the mean squares at
-        each index of each axis, `[grid…, b]`; or, without factors, those of all
-        entries, in its shape.
+      nu: nested dicts with a tuple of second moments in the place of each parameter.
+        For a parameter with factors, the tuple has an array `[grid…, b]` per axis, the
+        mean of the second moments at each index of the axis. For a parameter without
+        factors, it has one array of the parameter's shape.
     """
 
     count: Any
@@ -44,12 +45,12 @@ def scale_by_factorized_adam(
     mu_dtype: jax.typing.DTypeLike | None,
     nesterov: bool,
 ) -> optax.GradientTransformationExtraArgs:
-    """`optax.scale_by_adam` with second moments of rank one in each block.
+    """Makes `optax.scale_by_adam` with second moments of rank one in each block.
 
-    This holds for the parameters, planned in `leaves`, that have a factor. The second
-    moment at (i, j) of a block is estimated by r_i c_j / mean(r) from the means r and c
-    of its rows and columns. See Shazeer & Stern, "Adafactor: Adaptive Learning Rates
-    with Sublinear Memory Cost", https://arxiv.org/abs/1804.04235.
+    The second moment at (i, j) of a block is estimated by r_i c_j / mean(r) from the
+    means r and c of its rows and columns. Parameters without factors keep the second
+    moments of Adam. See Shazeer & Stern, "Adafactor: Adaptive Learning Rates with
+    Sublinear Memory Cost", https://arxiv.org/abs/1804.04235.
     """
     del eigenvalues
 
@@ -95,7 +96,7 @@ def scale_by_factorized_adam(
 
 
 def _squares(array: jax.Array, leaf: Leaf) -> list[jax.Array]:
-    """The mean squares along each axis or, without factors, all squares."""
+    """The mean squares at each index of each axis or, without factors, all squares."""
     if leaf.layout.has_factors:
         array = _placement.for_blocks(array, leaf)
         return _kronecker.mean_squares(array, leaf.layout)
@@ -105,7 +106,7 @@ def _squares(array: jax.Array, leaf: Leaf) -> list[jax.Array]:
 def _updated_squares(
     array: jax.Array, leaf: Leaf, old: list[jax.Array], decay: jax.typing.ArrayLike
 ) -> list[jax.Array]:
-    """The second moments with a gradient taken in, where the old ones lie."""
+    """Moves second moments towards a gradient's squares; their sharding stays."""
     new = optax.tree.update_moment(_squares(array, leaf), old, decay, 1)
     if not leaf.layout.has_factors:
         return new
@@ -119,7 +120,7 @@ def _corrected_mean(
     count: jax.Array,
     nesterov: bool,
 ) -> Any:
-    """The bias-corrected first moment, one step ahead with `nesterov`, as in optax."""
+    """Corrects the bias of a first moment as optax does, with or without `nesterov`."""
     if not nesterov:
         return optax.tree.bias_correction(mean, decay, count)
     ahead = optax.tree.bias_correction(mean, decay, optax.safe_increment(count))
@@ -132,8 +133,8 @@ class ShampooRootsState(NamedTuple):
 
     Attributes:
       count: steps taken, int32 scalar.
-      mu: the mean gradients, like the parameters, with `optax.MaskedNode` in the place
-        of a parameter without factors.
+      mu: the mean gradients in a tree like the parameters, with `optax.MaskedNode` in
+        the place of a parameter without factors.
     """
 
     count: Any
@@ -150,14 +151,14 @@ def scale_by_shampoo_roots(
     mu_dtype: jax.typing.DTypeLike | None,
     nesterov: bool,
 ) -> optax.GradientTransformationExtraArgs:
-    """Means of gradients, multiplied by powers of the eigenvalues.
+    """Makes a transformation that scales mean gradients by powers of the eigenvalues.
 
-    The mean of a gradient is multiplied by (e_i + eps)^-power at each index i of each
-    axis that has a factor. Parameters without factors pass as they are.
+    The mean gradient is multiplied by (e_i + eps)^-power at each index i of each axis
+    that has a factor. Updates of parameters without factors pass as they are.
     """
 
     def of_factored(tree: Any) -> list[Any]:
-        """The entries of a tree, with none where there is no factor."""
+        """The leaves of a tree, with `optax.MaskedNode` where there is no factor."""
         pairs = zip(jax.tree.leaves(tree), leaves, strict=True)
         masked = optax.MaskedNode()
         return [x if leaf.layout.has_factors else masked for x, leaf in pairs]

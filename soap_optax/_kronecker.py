@@ -1,25 +1,32 @@
 """Shampoo's Kronecker factors and their eigenbases: mathematics on one parameter.
 
-For a block G with axes 1..k, unfolded along axis i into the matrix G_(i), with factor
-M_i, eigenbasis Q_i and eigenvalue estimates e_i, E_i the diagonal matrix of these:
+A block G has axes 1..k and is unfolded along axis i into the matrix G_(i). Axis i has
+length b_i, the factor M_i, the eigenbasis Q_i and the estimates e_i of its eigenvalues,
+which form the diagonal matrix E_i. The functions here compute:
 
     accumulate     M_i <- (1 - w) M_i + w G_(i) G_(i)^T
-    whiten         G x_j (Q_j E_j^-1/2)^T over all j but i, accumulated by KL-SOAP
+    whiten         G x_j (Q_j (b_j E_j)^-1/2)^T over all j but i         (for KL-SOAP)
     project        G' = G x_1 Q_1^T ... x_k Q_k^T       (for a matrix: Q_L^T G Q_R)
     project_back   G = G' x_1 Q_1 ... x_k Q_k           (for a matrix: Q_L G' Q_R^T)
     follow         e_i <- (1 - w) e_i + w diag(G'_(i) G'_(i)^T)
     damp           G' with the numerically null directions of each M_i taken out
     root           G' x_1 E_1^-p ... x_k E_k^-p          (for Shampoo: L^-p G R^-p)
-    rank_one       the second moments of G' from their means along each axis
+    rank_one       roots of the second moments of G', from their means along each axis
     clip_rms       blocks of G' scaled down to a root mean square
-    graft          blocks of G' scaled to the norms of those of another array
+    graft          blocks of G' scaled to the norms of the blocks of another array
     change_basis   G' x_1 (Q_1^T Q_1^new)^T ...         (into the refreshed eigenbases)
 
-Arrays have the parameter's shape; its `Layout` says which axes form a factor and how
-they are cut into blocks. Factors and eigenbases are `[grid…, b, b]`, eigenvalues
-`[grid…, b]`, one per axis; None stands for the identity. How new eigenbases are found
-is the matter of the room `refresh`. See "SOAP: Improving and
-Stabilizing Shampoo using Adam", https://arxiv.org/abs/2409.11321, Algorithms 3 and 4.
+Arrays have the parameter's shape. The `Layout` of the parameter says which axes form a
+factor and how they are cut into blocks. For each axis there is a factor and an
+eigenbasis `[grid…, b, b]` and eigenvalues `[grid…, b]`, where the grid numbers the
+blocks; None stands for the identity.
+
+The *energy* of a block is the sum of its squares, and the energy at an index of an axis
+is the sum of the squares there. To *whiten* a gradient along an axis is to divide its
+coordinates by the roots of the eigenvalues, as the formula above says.
+
+The package `refresh` finds new eigenbases. See "SOAP: Improving and Stabilizing Shampoo
+using Adam", https://arxiv.org/abs/2409.11321, Algorithms 3 and 4.
 """
 
 import math
@@ -35,7 +42,7 @@ from soap_optax.parameters._layout import Layout
 
 PerAxis = Sequence[jax.Array | None]
 
-# The share of the mean eigenvalue below which KL-SOAP's inverses take one no smaller.
+# KL-SOAP raises eigenvalues to this share of their mean before it inverts them.
 _KL_FLOOR = 1e-3
 
 
@@ -48,8 +55,8 @@ def accumulate(
 ) -> list[jax.Array | None]:
     """Moves each factor by `weight` towards the Gram matrix of its gradient.
 
-    A gradient that is not finite, or whose sum of squares is not in the dtype of the
-    factor, leaves it alone.
+    A block of a gradient that is not finite, or whose energy overflows the dtype of the
+    factor, leaves the factor of the block as it is.
     """
 
     def one(
@@ -60,7 +67,8 @@ def accumulate(
         blocks = _blocks(gradient, factor, layout)
         gram = _gram(blocks, axis, factor, layout.grid, precision)
         mean = _mean(factor.astype(gram.dtype), gram, weight).astype(factor.dtype)
-        # The trace of the Gram matrix, which bounds its entries. False for NaN.
+        # The energy is the trace of the Gram matrix, which bounds its entries. The
+        # comparison is false for NaN.
         energy = _energy(blocks, layout)
         sound = energy <= float(jnp.finfo(factor.dtype).max)
         return jnp.where(sound[..., None, None], mean, factor)
@@ -77,10 +85,10 @@ def whiten(
     layout: Layout,
     precision: Any,
 ) -> list[jax.Array]:
-    """For each axis i, the gradient with covariance whitened along all other axes.
+    """For each axis i, the gradient whitened along all other axes.
 
-    This is G x_j (Q_j E_j^-1/2)^T / sqrt(b_j) for all j but i that have a factor. Its
-    Gram matrix along axis i is what KL-SOAP accumulates: each factor is weighted by the
+    This is G x_j (Q_j E_j^-1/2)^T / sqrt(b_j) for all j but i that have a factor.
+    KL-SOAP accumulates its Gram matrix along axis i. So each factor is weighted by the
     inverses of the others, as in Lin et al., https://arxiv.org/abs/2509.03378.
     """
     scales = _whitening(gradient, eigenvalues, layout)
@@ -95,7 +103,7 @@ def whiten(
 def whitened_energies(
     coordinates: jax.Array, eigenvalues: PerAxis, layout: Layout
 ) -> list[jax.Array | None]:
-    """For each axis, the energies along its eigenvectors of what `whiten` gives."""
+    """For each axis i, the energies of what `whiten` gives, along eigenvectors of i."""
     scales = _whitening(coordinates, eigenvalues, layout)
 
     def one(i: int) -> jax.Array | None:
@@ -112,9 +120,10 @@ def _whitening(
 ) -> list[jax.Array | None]:
     """(b_j e_j)^-1/2 for each axis j with a factor, `[grid…, b]`; 0 where e_j is 0.
 
-    Where nothing is known of an axis, its eigenvalues are taken to be the root mean
-    square of the gradient (for k factors: the k-th root of the mean square), with which
-    all factors start alike in size. With one factor there is nothing to whiten.
+    At the start nothing is known of the eigenvalues of an axis. They are then taken to
+    be the root mean square of the gradient (for k factors: the k-th root of the mean
+    square), so that all factors start at a similar size. With one factor there is
+    nothing to whiten, and each entry is None.
     """
     count = sum(values is not None for values in eigenvalues)
     if count < 2:
@@ -134,20 +143,21 @@ def _whitening(
 
 
 def _floored(eigenvalues: jax.Array, start: jax.Array) -> jax.Array:
-    """The eigenvalues, at least `_KL_FLOOR` of their mean; all `start` if they are 0.
+    """Raises eigenvalues to `_KL_FLOOR` of their mean, or to `start` if all are 0.
 
-    A gradient in a direction that had none would otherwise make the other factors
-    forget all that came before it.
+    Without this, a gradient in a direction that had none before would make the other
+    factors forget all earlier gradients.
     """
     mean = jnp.mean(eigenvalues, axis=-1, keepdims=True)
     return jnp.where(mean > 0, jnp.maximum(eigenvalues, _KL_FLOOR * mean), start)
 
 
 def bounded(array: jax.Array) -> jax.Array:
-    """The array, its finite entries small enough to be squared.
+    """Clips the finite entries of an array so that their squares are finite.
 
-    A mean of squares never comes back from infinity: one overflow would end the
-    training of its coordinate. What is not finite stays, for others to see.
+    A moving average of squares never comes back from infinity, so one overflow would
+    end the training of its coordinate. Entries that are not finite stay, so that later
+    checks see them.
     """
     limit = float(jnp.finfo(array.dtype).max) ** 0.5 / 2
     return jnp.where(jnp.isfinite(array), jnp.clip(array, -limit, limit), array)
@@ -156,18 +166,19 @@ def bounded(array: jax.Array) -> jax.Array:
 def project(
     array: jax.Array, eigenbases: PerAxis, layout: Layout, precision: Any
 ) -> jax.Array:
-    """Coordinates of `array` in the eigenbases, in its shape and dtype."""
+    """The coordinates of `array` in the eigenbases, in the array's shape and dtype."""
     return _multiply(array, eigenbases, layout, precision, back=False)
 
 
 def project_and_measure(
     gradient: jax.Array, eigenbases: PerAxis, layout: Layout, precision: Any
 ) -> tuple[jax.Array, list[jax.Array | None]]:
-    """The coordinates of a gradient, and the energy along each eigenvector.
+    """The coordinates of a gradient, and for each axis the energies, `[grid…, b]`.
 
-    The energy is the sum of squares at an index of an axis, `[grid…, b]`. Turning one
-    axis leaves those of the others as they are, so each is that of another array: XLA
-    reads each in one pass, where it would make an array of the squares of one.
+    The axes are turned one after the other. Turning an axis does not change the
+    energies along the others, so the energies along an axis are taken right after it is
+    turned. XLA then reads each intermediate array in one pass. If all energies came
+    from the last array, XLA would first store an array of its squares.
     """
     energies: list[jax.Array | None] = []
     for i, (axis, basis) in enumerate(zip(layout.axes, eigenbases, strict=True)):
@@ -192,13 +203,13 @@ def change_basis(
     layout: Layout,
     precision: Any,
 ) -> tuple[list[jax.Array], list[jax.Array | None]]:
-    """Coordinates in the eigenbases `new` of what has coordinates `arrays` in `old`.
+    """Turns `arrays` of coordinates in the eigenbases `old` to the eigenbases `new`.
 
-    Where the new ones are not `is_new`, `[grid…]`, coordinates stay, to the bit.
+    Blocks for which `is_new`, `[grid…]`, is false keep their coordinates exactly.
 
     Returns:
-      The coordinates, and `is_new` without the blocks that would not stay finite: they
-      stay as they are, along all axes.
+      The new coordinates, and `is_new` with false where a block would not stay finite.
+      Such a block keeps its coordinates along all axes.
     """
     turned, is_finite = list(arrays), None
     for i, (q, other, take) in enumerate(zip(old, new, is_new, strict=True)):
@@ -225,7 +236,8 @@ def follow(
 ) -> list[jax.Array | None]:
     """Moves the eigenvalue estimates by `weight` towards the gradient's energies.
 
-    While the eigenbases stay, they follow the Rayleigh quotients of the factors so.
+    While the eigenbases stay, the estimates then follow the Rayleigh quotients of the
+    factors. An estimate that would not stay finite is kept.
     """
 
     def one(eigenvalue: jax.Array | None, energy: jax.Array | None) -> Any:
@@ -240,12 +252,13 @@ def follow(
 def damp(
     array: jax.Array, eigenvalues: PerAxis, layout: Layout, rcond: Any
 ) -> jax.Array:
-    """Multiplies each index of an axis by r^2 / (r^2 + rcond^2), r = e / e_max.
+    """Multiplies each index of an axis by r^2 / (r^2 + rcond^2), where r = e / e_max.
 
     Where the gradient has nothing but the round-off of its projection, an elementwise
-    transformation like Adam would scale that to full-size steps. The default `rcond`,
-    0.01 of the unit round-off, is in squares: directions with gradients 30 000 times
-    (in float32) smaller than the largest.
+    transformation like Adam would scale it up to full-size steps. Eigenvalues are
+    squares of gradients. The default `rcond`, 0.01 of the machine epsilon, therefore
+    damps directions whose gradients are (in float32) 30,000 times smaller than the
+    largest.
     """
     if rcond is None:
         rcond = 0.01 * float(jnp.finfo(at_least_float32(array).dtype).eps)
@@ -261,7 +274,7 @@ def damp(
         ratio = jnp.maximum(eigenvalue, 0) / jnp.where(largest > 0, largest, 1)
         square = jnp.square(ratio)
         total = square + jnp.square(jnp.asarray(rcond, ratio.dtype))
-        # Nothing is taken out if nothing is known, or if `rcond` is 0.
+        # Nothing is damped if no eigenvalue is known, or if `rcond` is 0.
         is_known = (largest > 0) & (total > 0)
         return jnp.where(is_known, square / jnp.where(total > 0, total, 1), 1)
 
@@ -275,7 +288,7 @@ def root(
     power: Any,
     eps: jax.typing.ArrayLike,
 ) -> jax.Array:
-    """Multiplies each index of an axis by (e + eps)^-power, or by 0 if e + eps is."""
+    """Multiplies each index of an axis by (e + eps)^-power, or by 0 if e + eps is 0."""
 
     def one(eigenvalue: jax.Array | None) -> jax.Array | None:
         if eigenvalue is None:
@@ -292,17 +305,18 @@ def mean_squares(array: jax.Array, layout: Layout) -> list[jax.Array]:
     blocks = layout.to_blocks(array)
     within = [blocks.shape[axis] for axis in layout.axes]
     return [
-        # Before they are summed: a mean of finite squares shall be finite.
+        # The entries are scaled before they are summed, so that a mean of finite
+        # squares is finite.
         _energy(blocks * (size / math.prod(within)) ** 0.5, layout, axis)
         for axis, size in zip(layout.axes, within, strict=True)
     ]
 
 
 def rank_one(means: Sequence[jax.Array], like: jax.Array, layout: Layout) -> jax.Array:
-    """The square root of the second moments of which these are the `mean_squares`.
+    """The roots of the second moments whose means along each axis are `means`.
 
-    If these have rank one, as Adafactor supposes: the product of the means over all
-    axes, over the (k-1)th power of the mean of all.
+    The second moments are taken to have rank one, as in Adafactor. They are then the
+    product of the means along the k axes, over the (k-1)th power of the mean of all.
     """
     roots = []
     for i, mean in enumerate(means):
@@ -313,7 +327,7 @@ def rank_one(means: Sequence[jax.Array], like: jax.Array, layout: Layout) -> jax
 
 
 def _scale(array: jax.Array, scales: PerAxis, layout: Layout) -> jax.Array:
-    """Multiplies each index of an axis of each block by an entry of `[grid…, b]`."""
+    """Multiplies each index of each axis of each block by its scale, `[grid…, b]`."""
     if all(scale is None for scale in scales):
         return array
     blocks = layout.to_blocks(array)
@@ -332,8 +346,8 @@ def clip_rms(
     """Scales the blocks whose root mean square exceeds `limit` down to it."""
     blocks = layout.to_blocks(at_least_float32(array))
     limit = jnp.asarray(limit, blocks.dtype)
-    # Squares of this multiple of the limit are far from underflow, and farther still
-    # from overflow.
+    # An entry as large as the limit is scaled to `unit`, whose square is far from
+    # underflow and still farther from overflow.
     unit = 2.0**13 * float(jnp.finfo(blocks.dtype).tiny) ** 0.5
     squares = jnp.square(blocks * (unit / limit))
     excess = jnp.sqrt(jnp.mean(squares, layout.within, keepdims=True)) / unit
@@ -342,7 +356,7 @@ def clip_rms(
 
 
 def graft(array: jax.Array, like: jax.Array, layout: Layout) -> jax.Array:
-    """Scales each block to the norm of that of another array."""
+    """Scales each block to the norm of the corresponding block of `like`."""
     blocks, others = layout.to_blocks(array), layout.to_blocks(like)
     norm, wanted = (jnp.sqrt(_energy(b, layout)) for b in (blocks, others))
     scale = jnp.where(norm > 0, wanted / jnp.where(norm > 0, norm, 1), 0)
@@ -350,25 +364,25 @@ def graft(array: jax.Array, like: jax.Array, layout: Layout) -> jax.Array:
 
 
 def _is_finite(array: jax.Array, layout: Layout) -> jax.Array:
-    """Says of each block whether its sum is finite, `[grid…]`."""
+    """Says of each block whether the sum of its entries is finite, `[grid…]`."""
     blocks = layout.to_blocks(array)
     return jnp.isfinite(jnp.sum(blocks, layout.within))
 
 
 def _alone(matrix: jax.Array | None, index: int, layout: Layout) -> PerAxis:
-    """One axis with a matrix, the others with the identity."""
+    """A list with a matrix for the axis `index` and the identity for the others."""
     return [matrix if i == index else None for i in range(len(layout.axes))]
 
 
 def _but(per_axis: PerAxis, index: int) -> PerAxis:
-    """All axes but one as they are, that one with the identity."""
+    """A copy of `per_axis` with the identity for the axis `index`."""
     return [None if i == index else entry for i, entry in enumerate(per_axis)]
 
 
 def _where_blocks(
     mask: jax.Array, array: jax.Array, other: jax.Array, layout: Layout
 ) -> jax.Array:
-    """Blocks of `array` where the mask `[grid…]` is true, else of `other`."""
+    """Takes the blocks of `array` where `mask`, `[grid…]`, is true, else of `other`."""
     blocks = layout.to_blocks(array)
     chosen = jnp.where(
         jnp.expand_dims(mask, layout.within), blocks, layout.to_blocks(other)
@@ -382,16 +396,16 @@ def _mean(old: jax.Array, new: jax.Array, weight: jax.typing.ArrayLike) -> jax.A
 
 
 def _blocks(array: jax.Array, like: jax.Array, layout: Layout) -> jax.Array:
-    """The blocks of `array`, in the dtype of computing with it and `like`."""
+    """The blocks of `array`, in the widest dtype of float32, `array` and `like`."""
     dtype = widest(jnp.float32, array.dtype, like.dtype)
     return layout.to_blocks(array.astype(dtype))
 
 
 def _energy(blocks: jax.Array, layout: Layout, axis: int | None = None) -> jax.Array:
-    """The sum of the squares of each block, or of each index of an axis of it.
+    """The energy of each block, `[grid…]`, or at each index of `axis`, `[grid…, b]`.
 
-    `[grid…]` or `[grid…, b]`. Written as a product of matrices, which XLA on CPU
-    computes in one pass, without an array of squares.
+    It is written as a product of matrices, which XLA on CPU computes in one pass and
+    without an array of squares.
     """
     every = list(range(blocks.ndim))
     kept = [*layout.grid] if axis is None else [*layout.grid, axis]
@@ -411,7 +425,7 @@ def _energy(blocks: jax.Array, layout: Layout, axis: int | None = None) -> jax.A
 def _gram(
     blocks: jax.Array, axis: int, like: jax.Array, grid: Sequence[int], precision: Any
 ) -> jax.Array:
-    """G_(axis) G_(axis)^T for each block, `[grid…, b, b]`, sharded like the factor."""
+    """G_(axis) G_(axis)^T for each block, `[grid…, b, b]`, sharded like `like`."""
     rows = list(range(blocks.ndim))
     columns = [blocks.ndim if d == axis else d for d in rows]
     return jnp.einsum(
@@ -428,7 +442,7 @@ def _gram(
 def _multiply(
     array: jax.Array, bases: PerAxis, layout: Layout, precision: Any, *, back: bool
 ) -> jax.Array:
-    """Multiplies each axis of each block by Q^T, or by Q to go `back`."""
+    """Multiplies each axis of each block by Q^T or, if `back`, by Q."""
     turned = array
     for basis, axis in zip(bases, layout.axes, strict=True):
         if basis is not None:

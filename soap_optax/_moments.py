@@ -1,19 +1,24 @@
 """Which arrays of an inner state change basis at a refresh, and which stay.
 
-An array is *linear* if it turns with the gradient: a first moment, a sum of gradients,
-a copy of the parameters. A refresh has to change its basis. It is *coordinatewise* if
-its entries belong to coordinates, as second moments and step sizes do; then it stays.
-The user says which it is, in `Words`, by the name of the field; where the user says
-nothing, the table `_KNOWN` says it, by the innermost state of optax that holds the
-array. If neither knows an array that is like a parameter, it is refused.
+An array is *linear* if it turns with the gradient, as a first moment, a sum of
+gradients or a copy of the parameters does. A refresh has to change its basis. An array
+is *coordinatewise* if its entries belong to coordinates, as in second moments and step
+sizes. A refresh leaves it as it is. The user says by `Words` which arrays are which.
+Where the user says nothing, the table `_KNOWN` decides, by the innermost state of optax
+that holds the array. If neither says anything about an array that is like a parameter,
+the array is refused. A linear array is also refused if it has no owner, or if it is
+like a parameter and does not have the shape of its owner, because its basis cannot be
+changed.
 
-The *owner* of an array is the parameter in whose path the array's path ends. Its *name*
-is the attribute or the key in a dict just before that, indices of sequences left out.
-An array is *like* a parameter if its owner has factors, or if it is in no shape of its
-owner and has as many entries as a parameter with factors, or as all parameters.
+The *owner* of an array is the parameter whose path ends the path of the array. The
+*name* of an array is the last attribute or dict key before the path of the owner. An
+array without an owner can be named by each attribute and dict key on its path. An array
+is *like* a parameter if its owner has factors. If it has no owner or not the shape of
+its owner, it is also like a parameter if it has as many entries as a parameter with
+factors or as all parameters together.
 
 The states of optax are identified by the names of their classes and of the package,
-because not all of these classes are public, and some versions of optax lack some.
+because some of these classes are not public, and some are missing in some versions.
 """
 
 import math
@@ -28,11 +33,11 @@ from soap_optax.parameters._tree import Leaf
 
 
 class Words(NamedTuple):
-    """Says by the names of fields what the arrays in these fields are.
+    """Says what the arrays in some fields of a state are, by the names of the fields.
 
     Attributes:
-      first_moments: fields that are linear.
-      coordinatewise: fields that stay.
+      first_moments: names of the fields whose arrays are linear.
+      coordinatewise: names of the fields whose arrays are coordinatewise.
     """
 
     first_moments: tuple[str, ...] = ()
@@ -81,7 +86,7 @@ _KNOWN = {
     "ScaleByRmsWithCountState": Words((), ("nu",)),
     "ScaleByRpropState": Words(("prev_updates",), ("step_sizes",)),
     "ScaleByRssState": Words((), ("sum_of_squares",)),
-    "ScaleBySM3State": Words(("nu",), ("mu",)),  # nu is the mean of its updates
+    "ScaleBySM3State": Words(("nu",), ("mu",)),  # Here nu is the mean of updates.
     "ScaleBySimplifiedAdEMAMixState": Words(("m",), ("n",)),
     "ScheduleFreeState": Words(("z",)),
     "ShampooRootsState": Words(("mu",)),
@@ -91,7 +96,7 @@ _KNOWN = {
 
 _CALLS = "it calls a function of the parameters, which would get projected ones"
 
-# States that no words can admit, and why.
+# The states that cannot run in an eigenbasis, whatever the user says, and the reasons.
 _REFUSED = {
     "DifferentiallyPrivateAggregateState": "it needs the gradients of single examples",
     "EigenbasisState": "it projects gradients itself",
@@ -108,12 +113,12 @@ class _Entry(NamedTuple):
     """One array of an inner state.
 
     Attributes:
-      path: its keys in the state.
-      array: an array, or anything with a shape and a dtype.
-      names: its name, if it has an owner and a name; all names on its path, the last
-        one first, if it has no owner.
-      owner: the index of its owner, or None.
-      linear: whether it is; None if neither the words nor the table say it.
+      path: the keys on the way to the array in the state.
+      array: the array, or anything with a shape and a dtype.
+      names: names by which the array can be named, the last one on its path first; at
+        most one, its name, if it has an owner.
+      owner: the index of the owner, or None.
+      linear: whether the array is linear; None if neither the words nor the table say.
     """
 
     path: tuple[Any, ...]
@@ -126,23 +131,23 @@ class _Entry(NamedTuple):
 def check_inner_state(
     inner_state: optax.OptState, leaves: Sequence[Leaf], words: Words
 ) -> None:
-    """Requires that it is known of all arrays whether a refresh changes their basis.
+    """Checks that it is known of each array whether a refresh changes its basis.
 
     Args:
-      inner_state: what the inner transformation makes of the parameters.
-      leaves: the parameters.
-      words: what the user says.
+      inner_state: the state that the inner transformation makes of the parameters.
+      leaves: the plans of the parameters.
+      words: what the user says about arrays.
 
     Raises:
-      ValueError: for an array that is like a parameter with factors and not known, or
-        linear and in another shape; for a word that names no field or stands in both
-        tuples; for a state that cannot work on projected parameters.
+      ValueError: for an array that is refused; for a word that names no field, or that
+        stands in both tuples of `words`; for a state that cannot run in an eigenbasis.
     """
     shapes = [leaf.layout.shape for leaf in leaves]
     sizes = {math.prod(leaf.layout.shape) for leaf in leaves if leaf.layout.has_factors}
     if not sizes:
         return
-    sizes.add(sum(map(math.prod, shapes)))  # of all parameters, as in optax.flatten
+    # An array can hold all parameters together, as in optax.flatten.
+    sizes.add(sum(map(math.prod, shapes)))
     _check_states(inner_state)
     entries = [e for e in _entries(inner_state, leaves, words) if _is_inexact(e.array)]
     _check_words(words, entries)
@@ -150,7 +155,8 @@ def check_inner_state(
         leaf = None if entry.owner is None else leaves[entry.owner]
         shape, size = entry.array.shape, math.prod(entry.array.shape)
         fits = leaf is not None and shape == leaf.layout.shape
-        # An empty path is the end of every path: then only the shape can tell.
+        # The path of a bare parameter is empty, and every path ends in it. Only the
+        # shape can then tell whether the parameter owns the array.
         if leaf is not None and (fits or leaf.path):
             is_like = leaf.layout.has_factors or (size in sizes and not fits)
         else:
@@ -165,10 +171,10 @@ def check_shapes(
     words: Words,
     init: Callable[[], optax.OptState],
 ) -> None:
-    """Raises a `ValueError` naming a parameter whose first moment has another shape.
+    """Raises a `ValueError` naming a parameter whose first moment does not fit it.
 
-    The shape must be that of the parameter, or what `init` would make it: a parameter
-    without factors may have first moments of another shape.
+    A first moment must have the shape of its parameter or, because a parameter without
+    factors may have first moments of another shape, the shape that `init` would make.
     """
     others = [
         (position, leaves[entry.owner], jnp.shape(entry.array))
@@ -195,7 +201,8 @@ def split_first_moments(
     """Takes the linear arrays that have the shape of their owner out of a state.
 
     Returns:
-      For each leaf its arrays, and a function that makes the state with others.
+      For each parameter a list of these arrays, and a function that makes the state
+      again, with the arrays in other such lists in their place.
     """
     treedef: Any
     values, treedef = jax.tree.flatten(inner_state)
@@ -218,10 +225,10 @@ def split_first_moments(
 def _entries(
     inner_state: optax.OptState, leaves: Sequence[Leaf], words: Words
 ) -> Iterator[_Entry]:
-    """Goes through the arrays of the state, in the order of `jax.tree.leaves`."""
+    """Yields an `_Entry` for each array, in the order of `jax.tree.leaves`."""
     index = {leaf.path: i for i, leaf in enumerate(leaves)}
     for path, array, known, field in _arrays(inner_state):
-        # The longest end comes first: a parameter's path may end in another's.
+        # The longest end is tried first: a parameter's path may end in another's.
         start = next((k for k in range(len(path) + 1) if path[k:] in index), None)
         names = [name for key in path[:start][::-1] if (name := _name(key)) is not None]
         if start is not None:
@@ -236,7 +243,10 @@ def _entries(
 def _arrays(
     node: Any, path: tuple[Any, ...] = ()
 ) -> Iterator[tuple[tuple[Any, ...], Any, Words, str]]:
-    """Gives paths and arrays, each with its field and the words on its state."""
+    """Yields each array: its path, itself, what `_KNOWN` says of its state, its field.
+
+    The state is the innermost one that `_KNOWN` lists, and the field is a name in it.
+    """
     is_other = lambda other: other is not node and _is_known(other)  # noqa: E731
     known = _KNOWN[type(node).__name__] if _is_known(node) else Words()
     for end, child in jax.tree_util.tree_flatten_with_path(node, is_leaf=is_other)[0]:
@@ -248,20 +258,20 @@ def _arrays(
 
 
 def _is_known(node: Any, table: Any = _KNOWN) -> bool:
-    """Says whether a node is a state of optax, or of this library, in the table."""
+    """Says whether a node is a state of optax or this library that the table lists."""
     package = type(node).__module__.partition(".")[0]
     return package in ("optax", "soap_optax") and type(node).__name__ in table
 
 
 def _name(key: Any) -> str | None:
-    """Gives the attribute or the key in a dict, and None for an index."""
+    """Gives the name of an attribute or of a key in a dict, and None for an index."""
     if isinstance(key, jax.tree_util.GetAttrKey):
         return key.name
     return str(key.key) if isinstance(key, jax.tree_util.DictKey) else None
 
 
 def _says(words: Words, names: Sequence[str]) -> bool | None:
-    """Says whether the words call it linear; None if they do not name it."""
+    """Says whether words call an array linear; None if they have none of its names."""
     for name in names:
         if name in words.first_moments or name in words.coordinatewise:
             return name in words.first_moments
@@ -269,21 +279,21 @@ def _says(words: Words, names: Sequence[str]) -> bool | None:
 
 
 def _is_inexact(array: Any) -> bool:
-    """Says whether it is a floating-point or complex array with axes and entries."""
+    """Says whether an array is floating point or complex and has axes and entries."""
     dtype, shape = getattr(array, "dtype", None), getattr(array, "shape", ())
     has_entries = len(shape) > 0 and 0 not in shape
     return dtype is not None and jnp.issubdtype(dtype, jnp.inexact) and has_entries
 
 
 def _refusal(node: Any) -> str | None:
-    """Says why a node of the state can be in no eigenbasis; None if it can."""
-    if _is_known(node, ("SAMState",)) and node.cache is None:  # its opaque mode
+    """Says why a node of the state cannot run in an eigenbasis; None if it can."""
+    if _is_known(node, ("SAMState",)) and node.cache is None:  # SAM's opaque mode
         return _CALLS
     return _REFUSED[type(node).__name__] if _is_known(node, _REFUSED) else None
 
 
 def _check_states(inner_state: optax.OptState) -> None:
-    """Raises a `ValueError` naming a state that no words can admit."""
+    """Raises a `ValueError` naming a state that cannot run in an eigenbasis."""
     is_refused = lambda node: _refusal(node) is not None  # noqa: E731
     for node in jax.tree.leaves(inner_state, is_leaf=is_refused):
         if is_refused(node):
@@ -294,7 +304,7 @@ def _check_states(inner_state: optax.OptState) -> None:
 
 
 def _check_words(words: Words, entries: Sequence[_Entry]) -> None:
-    """Raises a `ValueError` naming a word without a field, or one that stands twice."""
+    """Raises a `ValueError` for a word that names no field or stands in both tuples."""
     fields = sorted({name for entry in entries for name in entry.names})
     for argument, names in words._asdict().items():
         for name in names:
@@ -313,7 +323,7 @@ def _check_words(words: Words, entries: Sequence[_Entry]) -> None:
 def _complaint(
     inner_state: optax.OptState, entry: _Entry, leaf: Leaf | None, fits: bool
 ) -> str:
-    """Words the error about an array that is not admitted."""
+    """The message of the error about an array that is refused."""
     holder = _holder(inner_state, entry.path)
     belongs = "that belongs to no parameter by its path"
     if leaf is not None:
@@ -330,10 +340,12 @@ def _complaint(
     if entry.linear:
         return (
             f"in_eigenbasis cannot change the basis of {what} which is linear in the "
-            "gradient, because it has not the path and the shape of a parameter; only "
+            "gradient, because it does not have the path and the shape of a parameter; "
             f"if it may stay as it is, say {stays}"
         )
-    changes = f"say first_moments=({entry.names[0]!r},) if it is linear in it, or "
+    changes = (
+        f"say first_moments=({entry.names[0]!r},) if it is linear in the gradient, or "
+    )
     return (
         f"in_eigenbasis does not know whether {what} changes basis with the gradient; "
         f"{changes if fits else 'say '}{stays} if its entries belong to coordinates"
@@ -341,7 +353,7 @@ def _complaint(
 
 
 def _holder(inner_state: optax.OptState, path: Sequence[Any]) -> str:
-    """Names the class that has the last attribute on the path."""
+    """The name of the class whose attribute is the last one on the path."""
     node, name = inner_state, type(inner_state).__name__
     for key in path:
         if isinstance(key, jax.tree_util.GetAttrKey):

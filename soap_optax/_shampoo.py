@@ -22,9 +22,9 @@ class ShampooState(NamedTuple):
     """State of `scale_by_shampoo`.
 
     Attributes:
-      preconditioner: factors, eigenbases, eigenvalues and, of parameters with factors,
-        the mean gradient in the coordinates of the eigenbases.
-      adam: of the parameters without factors; with grafting, of all.
+      preconditioner: the factors, eigenbases and eigenvalues and, for parameters with
+        factors, the mean gradient in the coordinates of the eigenbases.
+      adam: Adam's state, for the parameters without factors or, with grafting, for all.
     """
 
     preconditioner: EigenbasisState
@@ -62,15 +62,16 @@ def shampoo(
           (\hat R + \epsilon I)^{-p} + \lambda W \right)
       \end{align*}
 
-    where hats are bias corrections, and the inverse roots are those of the last of
-    every :math:`f` steps (with `refresh_tolerance`, their eigenvalues follow the
-    gradients at each step). With grafting, :math:`\gamma` gives each block the norm
-    that Adam's update would have; else it is 1, and updates of power 1/2 grow like the
-    inverse of a shrinking gradient. Parameters without factors have Adam's. :math:`p`
-    is `power`, :math:`\epsilon` is `eps`, all else as in `soap`.
+    where hats are bias corrections, :math:`p` is `power`, :math:`\epsilon` is `eps`,
+    and the other symbols are those of `soap`. The inverse roots are computed at
+    refreshes and kept between them; with `refresh_tolerance`, their eigenvalues follow
+    the gradients at each step. With grafting, :math:`\gamma` gives each block the norm
+    that Adam's update would have. Without grafting it is 1, and with power 1/2 updates
+    grow like the inverse of a shrinking gradient. Adam updates the parameters without
+    factors.
 
     Args:
-      learning_rate: see `soap`, as for all arguments not listed here.
+      learning_rate: see `soap`, which also describes all arguments not listed here.
       b1: decay of the mean gradient and, in Adam, of the first moment, in [0, 1).
       b2: decay of Adam's second moment, in [0, 1).
       eps: added to the eigenvalues of the factors, at least 0.
@@ -78,22 +79,24 @@ def shampoo(
       mu_dtype: dtype of the stored mean gradient and first moment; see `soap`.
       weight_decay: see `soap`.
       mask: see `soap`.
-      power: of the inverse of each factor, at least 0: 1/4 as first published for
-        matrices, 1/2 as with Adafactor in the eigenbasis, 1/2.5 in the experiments of
-        the SOAP paper.
-      grafting: `"adam"`, or None.
+      power: power p of the inverse of each factor, at least 0. It was 1/4 as first
+        published for matrices, it is 1/2 for Adafactor in the eigenbasis, and it was
+        1/2.5 in the experiments of the SOAP paper.
+      grafting: `"adam"` for blocks with the norms of Adam's updates, or None.
       adam_eps: added to the root of Adam's second moment, at least 0.
       nesterov: whether the mean gradient and Adam's first moment look one step ahead.
-      refresh: `"eigh"`, a decomposition at every refresh, or, as in `soap`, `"qr"` or
-        `"cholesky_qr"`.
-      factors: `"shampoo"` or, with `power` 1/2 KL-Shampoo, `"kl"`; see `soap`.
+      refresh: `"eigh"`, a full decomposition at every refresh, or any other method that
+        `soap` takes.
+      factors: `"shampoo"` or `"kl"`; see `soap`. With `"kl"` and `power` 1/2 this is
+        KL-Shampoo.
 
     Returns:
       An `optax.GradientTransformationExtraArgs`. Updates have the gradients' dtype.
 
     Raises:
-      ValueError: for an argument out of its range, naming argument, rule and value; see
-        also `in_eigenbasis`.
+      TypeError: for an unknown argument; it names the function and the argument.
+      ValueError: for an argument that breaks its rule; it names the argument, the rule
+        and the value. `in_eigenbasis` lists further reasons.
 
     Example:
       >>> import jax.numpy as jnp, optax, soap_optax
@@ -143,8 +146,8 @@ def scale_by_shampoo(
 ) -> optax.GradientTransformationExtraArgs:
     """Rescales updates by Shampoo: a mean of gradients, scaled in the eigenbasis.
 
-    See `soap_optax.shampoo` for the algorithm, all arguments and the errors. This is
-    its first part, without weight decay and learning rate.
+    `soap_optax.shampoo` describes the algorithm, all arguments and the errors. This
+    function is its first part, without weight decay and learning rate.
 
     Returns:
       An `optax.GradientTransformationExtraArgs` with state `ShampooState`.
@@ -173,7 +176,7 @@ def scale_by_shampoo(
         mu_dtype=mu_dtype,
         nesterov=nesterov,
     )
-    # An eigenbasis that a tolerance keeps has no eigenvalues of a refresh.
+    # Where the tolerance skips a refresh, no refresh gives new eigenvalues.
     follows = options["refresh_tolerance"] is not None
     preconditioner = make_transformation(Inner(roots, follows=follows), all_options)
     adam = optax.scale_by_adam(b1, b2, adam_eps, eps_root, mu_dtype, nesterov=nesterov)
@@ -186,7 +189,10 @@ def _grafted(
     grafting: str | None,
     options: EigenbasisOptions,
 ) -> optax.GradientTransformationExtraArgs:
-    """The preconditioner, with Adam where there are no factors, and its norms."""
+    """Runs Adam for parameters without factors, and the preconditioner for the others.
+
+    With grafting each block of the preconditioner's update gets the norm of Adam's.
+    """
 
     def has_adam(params: optax.Params) -> Any:
         plan = _tree.make_plan(params, options)

@@ -1,4 +1,4 @@
-"""SOAP, Adam in the eigenbasis of Shampoo's preconditioner: chains, documentation."""
+"""SOAP, which is Adam in an eigenbasis, and the documentation of all options."""
 
 import functools
 from collections.abc import Callable
@@ -44,98 +44,107 @@ def soap(
         R \leftarrow \beta_s R + (1 - \beta_s) G^\top G
       \end{align*}
 
-    and every :math:`f` steps the eigenbases :math:`Q_L, Q_R` are refreshed by one power
-    step and a QR decomposition, of :math:`L Q_L` and :math:`R Q_R`, and :math:`M`
+    Every :math:`f` steps the eigenbases :math:`Q_L, Q_R` are refreshed: QR
+    decompositions of :math:`L Q_L` and :math:`R Q_R` give the new ones, and :math:`M`
     changes to the new basis. :math:`\eta` is `learning_rate`, :math:`\beta_1, \beta_2`
     are `b1`, `b2`, :math:`\epsilon` is `eps`, :math:`\lambda` is `weight_decay`,
     :math:`\beta_s` is `shampoo_beta`, :math:`f` is `precondition_frequency`; hats are
     bias corrections. A k-dimensional parameter has a factor and an eigenbasis per axis.
 
-    It takes the arguments of `optax.adamw` in their order, and options by name. A good
-    learning rate to start with is 3e-3.
+    The function takes the arguments of `optax.adamw` in their order, and the options by
+    name. A good learning rate to start with is 3e-3.
 
     Args:
-      learning_rate: step size, or a schedule of the step count. With a negative one
-        the loss is ascended, as in optax.
+      learning_rate: step size, or a schedule of the step count. A negative step size
+        ascends the loss, as in optax.
       b1: decay of the first moment, in [0, 1).
       b2: decay of the second moment, in [0, 1).
       eps: added to the root of the second moment, at least 0. (The authors add it
-        before bias correction, optax and this library after.)
+        before bias correction; optax and this library add it after.)
       eps_root: added to the second moment under the root, at least 0.
-      mu_dtype: dtype of the stored first moment; None: that of the computation, float32
-        (float64 for float64 parameters).
+      mu_dtype: dtype of the stored first moment. None means the dtype of the
+        computation, which is float32 (float64 for float64 parameters).
       weight_decay: strength of decoupled weight decay, at least 0, or a schedule.
-      mask: tree of bools like the parameters, or a callable making it from them: which
-        parameters decay.
+      mask: tree of bools like the parameters, or a callable making it from them, that
+        says which parameters decay.
       nesterov: whether the first moment looks one step ahead, as in `optax.adamw`.
-      factorized: whether the second moment of each block has rank one, as Adafactor's,
-        kept as the means of its rows and columns: saves the memory of a parameter.
+      factorized: whether the second moment of each block has rank one, as in Adafactor.
+        Only the means of its rows and columns are kept, which saves as much memory as
+        the parameters take.
       shampoo_beta: decay of the factors, in [0, 1); None means `b2`.
-      precondition_frequency: steps from one refresh to the next, a positive integer, or
-        a schedule `count -> int`; a refresh is due when it divides the count.
-      max_precond_dim: an axis (of a block) longer than this keeps the identity. None
-        means 10 000, as published.
-      merge_dims: merge adjacent axes while their product is at most `max_precond_dim`,
-        as for convolution kernels.
+      precondition_frequency: steps from one refresh to the next: a positive integer, or
+        a schedule `count -> int`. A refresh is due at each step whose count it divides.
+      max_precond_dim: longest axis (of a block) that has a factor. A longer axis keeps
+        the identity. None means 10,000, as published.
+      merge_dims: whether to merge adjacent axes while their product is at most
+        `max_precond_dim`, as for convolution kernels.
       precondition_1d: whether vectors have a factor, too.
-      one_sided: rotate only the smallest axis (of a block), the first of equals.
-      block_size: upper bound of a block's sides, at least 2: an axis is cut into equal
-        blocks of its largest divisor up to this, and each block of the parameter is
-        preconditioned as a parameter of its own. An axis with no such divisor of at
-        least an eighth of `block_size` stays whole. None: no blocks.
-      dimension_numbers: `soap_optax.DimensionNumbers` or
-        `optax.contrib.MuonDimensionNumbers`, or a tree of them like the parameters, or
-        a callable making it from them: the axes that form each factor. Axes not named
-        are batch axes. A parameter with None has no factor. If not given, the shape
-        decides. `optax.inject_hyperparams` takes a callable for a schedule: name it in
-        `static_args`.
-      factors: `"shampoo"`, as published, or `"kl"`: each factor is weighted by the
-        inverse of the other, :math:`L \leftarrow \beta_s L + (1 - \beta_s) G R^{-1}
-        G^\top / n` and likewise R, as in KL-SOAP, arXiv 2509.03378.
-      basis: `"previous"`, as published: a gradient is rotated by the basis of the
-        gradients before it, and the first step only builds the basis (its update is
-        zero but for weight decay). `"current"`: factors, bias-corrected, and basis take
-        in each gradient before it is rotated, and the first step is a real one.
-      refresh: a `soap_optax.RefreshMethod`, or a name: `"qr"` for `soap_optax.QR()`, as
-        published, one power step and a QR decomposition; `"cholesky_qr"` for
-        `soap_optax.CholeskyQR()`, which gives equal results, up to round-off, from
-        products of matrices, for GPU and TPU (where it fails, the QR decomposition
-        follows); or `"eigh"` for `soap_optax.Eigh()`, a decomposition at every refresh.
-      refresh_tolerance: in [0, 1), skip the refresh of an eigenbasis Q of a factor M
-        while the norm of the off-diagonal part of Q^T M Q is at most this share of the
-        norm of M, as in arXiv 2506.03595. None: skip none.
+      one_sided: whether to rotate only the shortest axis (of a block) that can have a
+        factor, the first one of equals.
+      block_size: upper bound of a block's sides, at least 2, or None for no blocks. An
+        axis is cut into equal blocks of its largest divisor up to this bound, and each
+        block of the parameter is preconditioned as a parameter of its own. An axis
+        stays whole if that divisor is 1 or less than an eighth of `block_size`.
+      dimension_numbers: the axes that form each factor, as a
+        `soap_optax.DimensionNumbers` or `optax.contrib.MuonDimensionNumbers`, a tree of
+        them like the parameters, or a callable making one from the parameters. Axes
+        that are not named are batch axes. A parameter with None in the tree has no
+        factor. If the option is None, the shape of each parameter decides.
+        `optax.inject_hyperparams` takes a callable for a schedule, unless
+        `static_args` names this option.
+      factors: `"shampoo"`, as published, or `"kl"`, as in KL-SOAP, arXiv 2509.03378,
+        where each factor is weighted by the inverse of the other: :math:`L \leftarrow
+        \beta_s L + (1 - \beta_s) G R^{-1} G^\top / n` and :math:`R \leftarrow
+        \beta_s R + (1 - \beta_s) G^\top L^{-1} G / m`.
+      basis: `"previous"`, as published, rotates a gradient by the basis of the
+        gradients before it. The first step only builds the basis, and its update is
+        zero but for weight decay. With `"current"`, the factors, which are then
+        bias-corrected, and the basis take in each gradient before it is rotated, and
+        the first step is a real one.
+      refresh: a `soap_optax.RefreshMethod`, or the name of one. `"qr"`, as published,
+        stands for `soap_optax.QR()`, one power step and a QR decomposition.
+        `"cholesky_qr"` stands for `soap_optax.CholeskyQR()`, for GPU and TPU, which
+        gives equal results, up to round-off, from products of matrices, and falls back
+        to the QR decomposition where it fails. `"eigh"` stands for `soap_optax.Eigh()`,
+        a full decomposition at every refresh.
+      refresh_tolerance: share in [0, 1), or None. The refresh of an eigenbasis Q of a
+        factor M is skipped while the norm of the off-diagonal part of Q^T M Q is at
+        most this share of the norm of M, as in arXiv 2506.03595. None skips nothing.
       stagger: whether to refresh about 1/f of the parameters at each step, balanced by
         cost, each at every f-th step, instead of all at once. All are refreshed at the
-        first step. `precondition_frequency` must be an integer then, and static.
-      initial_basis: `"eigh"`, as published, or `"identity"`: the first step refreshes
-        the identity by `refresh`, so that with `"qr"` no `eigh` is in the program.
-      precond_dtype: dtype of the stored factors and eigenbases; None: that of the
-        computation.
-      precision: of the matrix products. Less than the default can make Rayleigh
-        quotients useless.
-      rcond: share of a factor's largest eigenvalue under which a direction counts as
-        round-off: its update is scaled by r^2 / (r^2 + rcond^2), r = e / e_max. None:
-        0.01 of the unit round-off, which leaves all but null directions as they are;
-        0: off, as published.
-      clip_update_rms: bound of the root mean square of a block's update before the
-        learning rate, above 0, for parameters with factors; None: no bound, as
-        published. In a basis that stays, one is Adam's own bound (if b1 = b2). The
-        default only stops a moment that turns, after a spike, to where the second
-        moment has not seen it.
+        first step. `precondition_frequency` must then be a static integer.
+      initial_basis: `"eigh"`, as published, or `"identity"`, with which the first step
+        refreshes the identity by `refresh`, so that with `"qr"` or `"cholesky_qr"` the
+        program contains no `eigh`.
+      precond_dtype: dtype of the stored factors and eigenbases. None means the dtype of
+        the computation.
+      precision: precision of the matrix products, as in `jax.numpy.matmul`. Less than
+        the default can make Rayleigh quotients useless.
+      rcond: share of a factor's largest eigenvalue e_max under which a direction counts
+        as round-off. The update in a direction of eigenvalue e is multiplied by
+        r^2 / (r^2 + rcond^2), where r = e / e_max. None means 0.01 of the machine
+        epsilon, which leaves all but null directions as they are; 0, as published,
+        multiplies by 1.
+      clip_update_rms: bound, above 0, of the root mean square of the update of a block
+        of a parameter with factors, before the learning rate. None, as published, means
+        no bound. While the basis stays, Adam itself keeps to a bound of 1 (if b1 = b2).
+        The default only acts when, after a spike, a refresh turns the first moment into
+        directions in which the second moment has not seen the spike.
       params_sharding: how the parameters are sharded over a mesh of devices with
         automatic axes: a tree of `jax.sharding.NamedSharding` like the parameters, or a
         callable making it from them. Refreshes are then local where blocks lie within
-        shards, and spread over all devices where not; without it each factor is
-        refreshed alone, as XLA sees fit. Not needed on meshes with explicit axes, whose
-        arrays say it, and not looked at inside `jax.shard_map`. See `state_sharding`.
+        shards, and spread over all devices elsewhere. Without it each factor is
+        refreshed alone, as XLA sees fit. It is not needed on meshes with explicit axes,
+        where the types of arrays contain it, and ignored inside `jax.shard_map`. See
+        `state_sharding`.
 
     Returns:
       An `optax.GradientTransformationExtraArgs`. Updates have the gradients' dtype.
 
     Raises:
-      TypeError: for an unknown argument, naming function and argument.
-      ValueError: for an argument out of its range, naming argument, rule and value; see
-        also `in_eigenbasis`.
+      TypeError: for an unknown argument; it names the function and the argument.
+      ValueError: for an argument that breaks its rule; it names the argument, the rule
+        and the value. `in_eigenbasis` lists further reasons.
 
     Example:
       >>> import jax, jax.numpy as jnp, optax, soap_optax
@@ -173,12 +182,12 @@ def optimizer(
     weight_decay: optax.ScalarOrSchedule,
     mask: Any | Callable[[optax.Params], Any] | None,
 ) -> optax.GradientTransformationExtraArgs:
-    """The transformation, then weight decay and learning rate, as in `optax.adamw`."""
+    """Chains a transformation with weight decay and learning rate, as `optax.adamw`."""
     _arguments.check(
         learning_rate=(learning_rate, _RATE), weight_decay=(weight_decay, _DECAY)
     )
-    # Without decay a pass over the parameters is left out. A traced 0 may change, and
-    # with a mask the state has the structure that it has with decay.
+    # Without decay no pass over the parameters is needed. A traced 0 may change, and
+    # with a mask the state keeps the structure that it has with decay.
     is_number = isinstance(weight_decay, (int, float))
     if is_number and weight_decay == 0 and mask is None:
         decay: optax.GradientTransformation = optax.identity()
@@ -207,8 +216,8 @@ def scale_by_soap(
 ) -> optax.GradientTransformationExtraArgs:
     """Rescales updates by SOAP: `in_eigenbasis` of `optax.scale_by_adam`.
 
-    See `soap_optax.soap` for the algorithm, all arguments and the errors. This is its
-    first part, without weight decay and learning rate.
+    `soap_optax.soap` describes the algorithm, all arguments and the errors. This
+    function is its first part, without weight decay and learning rate.
 
     Returns:
       An `optax.GradientTransformationExtraArgs` with state `EigenbasisState`.
@@ -255,6 +264,6 @@ def check_adam(
 def _scale_by_adam(
     leaves: Any, eigenvalues: Any, **arguments: Any
 ) -> optax.GradientTransformationExtraArgs:
-    """`optax.scale_by_adam`, which need not know where it runs."""
+    """Makes `optax.scale_by_adam`, which need not know leaves and eigenvalues."""
     del leaves, eigenvalues
     return optax.with_extra_args_support(optax.scale_by_adam(**arguments))

@@ -117,7 +117,10 @@ def test_a_step_without_refresh_copies_no_factor_or_basis(basis, options, eigenb
     )
     keep = re.search(r"branch_computations=\{%([^,]+)", refresh)[1]
     for line in parts["ENTRY"] + parts[keep]:
-        copied = re.search(r"= (\S+) copy(?:-start)?\(", line)
+        # JAX 0.12 wraps some copies in fusions, which are named after them.
+        copied = re.search(
+            r"= (\S+) (?:copy(?:-start)?\(|.*calls=%?wrapped_copy)", line
+        )
         assert not copied or "," not in copied[1].split("{")[0], line
 
 
@@ -156,7 +159,7 @@ def test_slots_are_balanced_and_hold_every_parameter_once():
     assert sorted(i for slot in slots for i in slot) == list(range(len(sizes)))
     loads = [sum(sizes[i] ** 3 for i in slot) for slot in slots]
     assert max(loads) == 64**3 and min(loads) > 0.3 * max(loads)
-    assert _stacks.make_slots([[None], []], 4) == []
+    assert _stacks.make_slots([[None], []], 4) == ()
     assert len(_stacks.make_slots(factors[:2], 4)) == 2
 
 
@@ -270,8 +273,9 @@ def test_what_fails_in_a_batch_stays_and_the_others_go_on(name, slots):
         moments=[[training.normal(4, 3)] for _ in matrices],
     )
     factors = [[matrix, None] for matrix in matrices]
+    slots = tuple(map(tuple, slots))
     refresh = _stacks.Refresh(
-        [layout] * 3, factors, [None] * 3, METHODS[name], Request(), slots
+        (layout,) * 3, factors, [None] * 3, METHODS[name], Request(), slots
     )
     new = refresh.run(jax.tree.map(lambda x: x, bases), 0, len(slots))
     assert [int(of_leaf[0][0]) for of_leaf in new.skipped] == [0, 1, 0]

@@ -2,6 +2,7 @@
 
 import functools
 import logging
+import re
 
 import jax
 import jax.numpy as jnp
@@ -87,6 +88,23 @@ def test_extra_args_and_no_recompilation(make, caplog):
             params, state = step(params, state, grads)
     assert len(traces) == 1
     assert "Compiling" not in caplog.text
+
+
+@pytest.mark.parametrize("injected", [False, True])
+def test_eager_steps_compile_nothing_in_the_end(make, injected, caplog):
+    """Without jit, neither steps nor refreshes are compiled again and again."""
+    params, grads = normal_tree(), normal_tree(seed=1)
+    tx = make(precondition_frequency=2)
+    if injected:
+        tx = optax.inject_hyperparams(soap_optax.soap)(1e-2, precondition_frequency=2)
+    state = tx.init(params)
+    for _ in range(4):
+        _, state = tx.update(grads, state, params)
+    with jax.log_compiles(), caplog.at_level(logging.WARNING):
+        for _ in range(3):
+            _, state = tx.update(grads, state, params)
+    compiled = re.findall(r"Compiling (\S+)", caplog.text)
+    assert not compiled
 
 
 def test_strict_promotion_of_dtypes():

@@ -152,6 +152,52 @@ def saved_part(state):
     return {"step": state.step, "params": state.params, "opt_state": state.opt_state}
 
 
+@pytest.mark.parametrize("name", ["soap", "shampoo", "in_eigenbasis"])
+def test_the_whole_model_as_params(name):
+    """Updates have None where the model has functions, numbers and frozen arrays."""
+    model = eqx.nn.MLP(6, 3, 16, 1, activation=jnp.tanh, key=jax.random.key(0))
+    frozen = lambda model: model.layers[0].bias  # noqa: E731
+    is_trained = jax.tree.map(eqx.is_inexact_array, model)
+    is_trained = eqx.tree_at(frozen, is_trained, replace=False)
+    params = eqx.filter(model, is_trained)
+    makes = {
+        "soap": lambda: soap_optax.soap(1e-2, weight_decay=0.1),
+        "shampoo": lambda: soap_optax.shampoo(1e-2, weight_decay=0.1),
+        "in_eigenbasis": lambda: soap_optax.in_eigenbasis(
+            optax.add_decayed_weights(0.1), basis="current"
+        ),
+    }
+    tx = makes[name]()
+    grads = jax.tree.map(lambda p: jnp.asarray(RNG.normal(size=p.shape)), params)
+    state = tx.init(params)
+    for _ in range(2):
+        updates, new_state = tx.update(grads, state, model)
+        expected, state = tx.update(grads, state, params)
+        assert_equal(updates, expected)
+        assert_equal(new_state, state)
+    assert updates.layers[0].bias is None
+
+
+def test_trees_that_could_be_called():
+    """An Equinox module of dimension numbers, or of shardings, is read, not called."""
+    model = eqx.nn.Linear(6, 4, key=jax.random.key(0))
+    numbers = eqx.tree_at(
+        lambda layer: (layer.weight, layer.bias),
+        model,
+        replace=(soap_optax.DimensionNumbers((1,)), None),
+    )
+    mesh = jax.make_mesh((1,), ("x",), axis_types=(jax.sharding.AxisType.Auto,))
+    replicated = jax.NamedSharding(mesh, jax.P())
+    shardings = jax.tree.map(lambda _: replicated, eqx.filter(model, eqx.is_array))
+    tx = soap_optax.scale_by_soap(dimension_numbers=numbers, params_sharding=shardings)
+    params = eqx.filter(model, eqx.is_array)
+    factors = tx.init(params).factors
+    assert [f.shape for f in factors["weight"]] == [(4, 6, 6)]
+    assert factors["bias"] == (None,)
+    sharding = soap_optax.state_sharding(tx, params, shardings)
+    assert all(s.mesh == mesh for s in jax.tree.leaves(sharding))
+
+
 @pytest.mark.parametrize("after", [6, 8])
 def test_orbax_resumes_bit_for_bit(tmp_path, after):
     """After 6 steps, between refreshes, and after 8."""

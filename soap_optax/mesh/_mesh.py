@@ -1,12 +1,13 @@
 """JAX's interface for meshes of devices, and the arithmetic of shards.
 
-This is the only room that asks JAX how an array is sharded, or tells it. It knows
+This is the only module that asks JAX how an array is sharded, or tells it. It knows
 arrays, shapes and shardings, and nothing of parameters or factors.
 
-The *entry* of a `jax.P` for an axis names the mesh axes that shard it: None, a name, or
-a sequence of names. The *sizes* of a mesh are a mapping from its axes to their sizes.
-The axes of a mesh are *explicit* if shardings are part of the types of arrays,
-*automatic* if XLA chooses them, and *manual* within `jax.shard_map`.
+A *spec* is a `jax.P`. Its *entry* for an axis of an array names the mesh axes that
+shard it, and is None, a name, or a sequence of names. The *sizes* of a mesh are a
+mapping from the names of its axes to their sizes. The axes of a mesh are *explicit* if
+shardings are part of the types of arrays, *automatic* if XLA chooses the shardings, and
+*manual* within `jax.shard_map`.
 """
 
 import math
@@ -27,21 +28,21 @@ SHARDING_RULE = (
 
 
 def names(entry: Any) -> tuple[str, ...]:
-    """The mesh axes in an entry of a `jax.P`."""
+    """The names of the mesh axes in an entry of a spec."""
     if entry is None:
         return ()
     return tuple(entry) if isinstance(entry, (tuple, list)) else (entry,)
 
 
 def shards(entry: Any, sizes: Mapping[str, int]) -> int:
-    """Into how many shards an axis with this entry is cut."""
+    """The number of shards into which an axis with this entry is cut."""
     return math.prod(sizes[name] for name in names(entry))
 
 
 def shard_shape(
     shape: Sequence[int], spec: jax.P, sizes: Mapping[str, int]
 ) -> tuple[int, ...]:
-    """The shape of what one device has of an array that is sharded by `spec`."""
+    """The shape of the shard that one device has of an array sharded by `spec`."""
     entries = zip(shape, spec, strict=True)
     return tuple(size // shards(entry, sizes) for size, entry in entries)
 
@@ -52,14 +53,14 @@ def inherited(
     shape: Sequence[int],
     sizes: Mapping[str, int],
 ) -> jax.P:
-    """The spec of an array whose axes take their shardings from those of another.
+    """The spec of an array whose axes take their entries from those of another array.
 
     Args:
-      spec: how the other array is sharded.
-      parents: for each axis, the axis of the other array from which it takes the mesh
-        axes, provided that their sizes divide it; None: it is not sharded.
-      shape: that of the array.
-      sizes: of the mesh.
+      spec: spec of the other array.
+      parents: for each axis, the axis of the other array whose entry it takes, or None
+        if it is not sharded. It takes an entry only if the shards divide its size.
+      shape: shape of the array.
+      sizes: sizes of the mesh.
     """
     entries: list[Any] = []
     for size, parent in zip(shape, parents, strict=True):
@@ -71,10 +72,15 @@ def inherited(
 def explicit_sharding(
     array: jax.Array, dims: Sequence[int | None]
 ) -> NamedSharding | None:
-    """The sharding of a result with these dimensions of `array`; None: not sharded.
+    """The sharding of a result whose axes are the axes `dims` of an explicit array.
 
-    Returns None but on a mesh with explicit axes, where reshapes and products have to
-    say how their result is sharded.
+    On a mesh with explicit axes, reshapes and products have to say how their results
+    are sharded. On other meshes there is nothing to say, and this returns None.
+
+    Args:
+      array: array from which the axes of the result take their sharding.
+      dims: for each axis of the result, an axis of `array`, or None for an axis that is
+        not sharded.
     """
     sharding = jax.typeof(array).sharding
     if _AxisType.Explicit not in sharding.mesh.axis_types:
@@ -84,7 +90,7 @@ def explicit_sharding(
 
 
 def placed(array: Any, sharding: NamedSharding | None) -> Any:
-    """Shards the array as `sharding` says, or leaves it as it is if that is None."""
+    """Shards an array as `sharding` says, or returns it as it is if that is None."""
     if sharding is None:
         return array
     if _AxisType.Explicit in sharding.mesh.axis_types:
@@ -93,13 +99,13 @@ def placed(array: Any, sharding: NamedSharding | None) -> Any:
 
 
 def with_whole_rows(matrix: jax.Array) -> jax.Array:
-    """Gathers `[grid…, b, b]` on an explicit mesh if the rows are sharded."""
+    """Gathers the rows of matrices `[grid…, b, b]` on a mesh with explicit axes."""
     grid = range(matrix.ndim - 2)
     return placed(matrix, explicit_sharding(matrix, [*grid, None, None]))
 
 
 def may_be_spread(array: jax.Array) -> bool:
-    """Says whether an array is on several devices, outside `jax.shard_map`."""
+    """Says whether an array may be on several devices, outside `jax.shard_map`."""
     mesh = jax.typeof(array).sharding.mesh
     axes = zip(mesh.axis_types, mesh.axis_sizes, strict=True)
     return any(kind != _AxisType.Manual and size > 1 for kind, size in axes)
@@ -113,17 +119,18 @@ def is_manual(array: jax.Array) -> bool:
 def in_automatic_mode(
     function: Callable[..., Any], out_shardings: Any
 ) -> Callable[..., Any]:
-    """The function, within which XLA chooses the shardings on an explicit mesh."""
+    """Makes a function within which XLA chooses the shardings on an explicit mesh."""
     return jax.sharding.auto_axes(function, out_sharding=out_shardings)
 
 
 def on_each_device(
     function: Callable[..., Any], mesh: Any, in_specs: Any, out_specs: Any
 ) -> Callable[..., Any]:
-    """The function, run by each device of the mesh on its own shards.
+    """Makes a function that each device of the mesh runs on its own shards.
 
-    JAX does not check which results are equal on devices (`check_vma`): what one device
-    hands back to all is the same on all of them by construction, which JAX cannot see.
+    The check by JAX of which results are equal on all devices (`check_vma`) is off.
+    What one device hands back to all is equal on all by construction, but JAX cannot
+    see that.
     """
     return jax.shard_map(
         function, mesh=mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False
@@ -131,16 +138,16 @@ def on_each_device(
 
 
 def checked(name: str, sharding: Any, shape: Sequence[int]) -> NamedSharding:
-    """The sharding of an array of this shape, with a `jax.P` of its rank.
+    """Checks the sharding of an array, and gives its spec an entry for each axis.
 
     Args:
-      name: how an error names it.
+      name: name of the sharding in errors.
       sharding: a `NamedSharding` or, for the mesh of `jax.set_mesh`, a `jax.P`.
-      shape: the array's.
+      shape: shape of the array.
 
     Raises:
-      ValueError: if it is neither, names axes that its mesh does not have, or does not
-        fit the shape.
+      ValueError: if `sharding` is neither, names axes that its mesh does not have, or
+        does not fit the shape.
     """
     mesh: Any
     if isinstance(sharding, jax.P):
@@ -165,7 +172,7 @@ def checked(name: str, sharding: Any, shape: Sequence[int]) -> NamedSharding:
 
 
 def is_same_mesh(mesh: Any, other: Any) -> bool:
-    """Says whether two meshes are the same, of which one may be abstract."""
+    """Says whether two meshes are equal. One or both of them may be abstract."""
     is_abstract = jax.sharding.AbstractMesh in (type(mesh), type(other))
     return mesh.shape == other.shape and (is_abstract or mesh == other)
 
@@ -173,10 +180,10 @@ def is_same_mesh(mesh: Any, other: Any) -> bool:
 def result_shardings(
     function: Callable[[Any], Any], tree: Any, shardings: Sequence[NamedSharding]
 ) -> Any:
-    """The shardings of what the function makes of a tree with these shardings.
+    """The shardings of the arrays that a function makes of a tree with `shardings`.
 
-    No array is made. On a mesh with explicit axes shardings are types, which say what
-    depends on what; arrays without one are replicated.
+    No array is made. The function is traced on a mesh with explicit axes, where each
+    result has a sharding in its type. Results without one are replicated.
     """
     mesh = shardings[0].mesh
     explicit = jax.sharding.AbstractMesh(

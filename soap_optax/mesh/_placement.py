@@ -1,8 +1,9 @@
 """Where the parameters and the arrays that belong to them lie on a mesh of devices.
 
-A parameter is *aligned* if each device has whole blocks of it: every mesh axis that
-shards the parameter splits it between blocks. Blocks are *cut* if one lies on several
-devices. Where the sharding of a parameter is not known, nothing is placed.
+A parameter is *aligned* if it is sharded and each device has whole blocks of it: every
+mesh axis that shards the parameter splits it between blocks. On a single device every
+parameter is aligned. A block is *cut* if parts of it lie on several devices. Where the
+sharding of a parameter is not known, XLA decides where arrays lie.
 """
 
 import dataclasses
@@ -27,29 +28,31 @@ def state_sharding(
 ) -> Any:
     """The sharding of each array in the state of a transformation.
 
-    Moments and all else that `tx.init` makes like a parameter are sharded like it.
-    Factors and eigenbases of `soap_optax` are sharded like the blocks of the parameter,
-    over whole blocks; where mesh axes are left over, by rows, as far as those divide
-    them. All other arrays are replicated. No array is made.
+    Moments, and whatever else `tx.init` makes from a parameter in its shape, are
+    sharded like the parameter. Factors and eigenbases of `soap_optax` are sharded
+    between blocks as the parameter is. Their rows are sharded over the mesh axes that
+    shard the parameter along axes without blocks, as far as the shards divide the rows.
+    All other arrays are replicated. No array is made.
 
     Args:
       tx: any optax transformation, with or without SOAP in it.
       params: the parameters or their `jax.ShapeDtypeStruct`s.
       params_sharding: a tree of `jax.sharding.NamedSharding` or, for the mesh of
         `jax.set_mesh`, `jax.P` (`PartitionSpec`), like the parameters or a prefix of
-        them, or a callable making it from them.
+        them, or a callable that makes such a tree from the parameters.
 
     Returns:
-      A tree like `tx.init(params)` of `NamedSharding`, to be given to
+      A tree of `NamedSharding` like `tx.init(params)`, which can be given to
       `jax.jit(tx.init, out_shardings=…)`.
 
     Raises:
-      ValueError: naming the parameter, if its sharding is none, names axes that its
-        mesh does not have, does not fit its shape, or is on another mesh than the
-        others.
+      ValueError: if there is no parameter; if what is given for a parameter is no
+        sharding, names axes that its mesh does not have, does not fit the parameter's
+        shape, or is on another mesh than the others, naming the parameter.
 
     Warns:
-      UserWarning: naming the parameter, if its blocks are cut across shards.
+      UserWarning: if blocks of a parameter are cut across shards; it names the
+        parameter.
 
     Example:
       >>> import jax, jax.numpy as jnp, soap_optax
@@ -69,7 +72,10 @@ def state_sharding(
 
 
 def spec_and_sizes(leaf: Leaf) -> tuple[jax.P, Any]:
-    """The spec of a parameter whose sharding is known, and the sizes of its mesh."""
+    """The spec of a parameter whose sharding is known, and the sizes of its mesh.
+
+    The module `_mesh` says what a spec and sizes are.
+    """
     assert leaf.sharding is not None
     return leaf.sharding.spec, leaf.sharding.mesh.shape
 
@@ -80,11 +86,11 @@ def like_parameter(array: jax.Array, leaf: Leaf) -> jax.Array:
 
 
 def for_blocks(array: jax.Array, leaf: Leaf) -> jax.Array:
-    """Shards an array of the parameter's shape like it, but so that no block is cut.
+    """Shards an array of the parameter's shape like the parameter, but cuts no block.
 
-    The array is gathered along the mesh axes that would cut its blocks, because XLA can
-    be wrong about products of blocks that are cut (seen with JAX 0.10.2 and 0.12.0; no
-    public issue is known).
+    The array is gathered along the mesh axes that would cut its blocks, so that a step
+    gathers it once. XLA has also been seen to compute wrong products of blocks that are
+    cut (JAX 0.10.2). No program is known that shows this now, and no public issue.
     """
     if leaf.sharding is None:
         return array
@@ -94,11 +100,11 @@ def for_blocks(array: jax.Array, leaf: Leaf) -> jax.Array:
 
 
 def of_factors(leaf: Leaf) -> Sequence[NamedSharding | None]:
-    """The sharding of the factor of each axis; None: not known, or no factor.
+    """The sharding of the factor of each axis, or None if not known or without factor.
 
-    The grid of `[grid…, b, b]` is sharded as in the array of blocks; the rows are, by
-    the mesh axes of those axes that are not cut into blocks, as far as these divide
-    them.
+    The grid of `[grid…, b, b]` is sharded like the grid of the view (see `Layout`). The
+    rows are sharded over the mesh axes that shard the parameter along axes without
+    blocks, as far as the shards divide the rows.
     """
     if leaf.sharding is None:
         return [None] * len(leaf.layout.axes)
@@ -125,22 +131,22 @@ def of_factors(leaf: Leaf) -> Sequence[NamedSharding | None]:
 
 
 def of_vectors(leaf: Leaf) -> Sequence[NamedSharding | None]:
-    """The sharding of `[grid…, b]` for each axis; None: not known, or no factor."""
+    """For each axis the sharding of `[grid…, b]`, or None if not known or no factor."""
     return [sharding and of_vector(leaf) for sharding in of_factors(leaf)]
 
 
 def of_vector(leaf: Leaf) -> NamedSharding | None:
-    """The sharding of an axis' array `[grid…, b]`; None: not known."""
+    """The sharding of an array `[grid…, b]` of any axis, or None if not known."""
     if leaf.sharding is None:
         return None
     return NamedSharding(leaf.sharding.mesh, jax.P(*_spec_of_grid(leaf), None))
 
 
 def is_aligned(leaf: Leaf) -> bool:
-    """Says whether each device has whole blocks, of which no other device has one.
+    """Says whether a parameter is aligned; its sharding has to be known.
 
-    Each mesh axis that shards the parameter then splits it between blocks. A parameter
-    that is on several devices and not sharded is not aligned.
+    Along mesh axes that do not shard an aligned parameter, devices have copies of its
+    blocks. A parameter that is not sharded at all is aligned only on a single device.
     """
     spec, sizes = spec_and_sizes(leaf)
     grid = {name for entry in _spec_of_grid(leaf) for name in _mesh.names(entry)}
@@ -149,7 +155,7 @@ def is_aligned(leaf: Leaf) -> bool:
 
 
 def local_layout(leaf: Leaf) -> Layout:
-    """The layout of what one device has of an aligned parameter."""
+    """The layout of the shard that one device has of an aligned parameter."""
     spec, sizes = spec_and_sizes(leaf)
     layout = leaf.layout
     return dataclasses.replace(
@@ -160,27 +166,27 @@ def local_layout(leaf: Leaf) -> Layout:
 
 
 def _spec_of_view(leaf: Leaf) -> jax.P:
-    """How the array of blocks is sharded."""
+    """The spec of the view, which is the array of blocks."""
     spec, sizes = spec_and_sizes(leaf)
     return _mesh.inherited(spec, leaf.layout.sources, leaf.layout.view, sizes)
 
 
 def _spec_of_grid(leaf: Leaf) -> jax.P:
-    """How the grid of blocks is sharded."""
+    """The spec of the view, with the entries of the grid only."""
     view = _spec_of_view(leaf)
     return jax.P(*(view[axis] for axis in leaf.layout.grid))
 
 
 class _CutBlocks(NamedTuple):
-    """The blocks of a (merged) axis that lie on several devices each.
+    """The blocks of one axis, if they are cut. The axis may be merged from several.
 
     Attributes:
-      axes: of the parameter.
-      size: of all of the axis.
-      block: the side of its blocks.
-      shard: how much of it a device has.
-      inner: how many devices share each index of the first of merged axes.
-      fitting: the largest side of blocks that would lie on one device each, or 0.
+      axes: axes of the parameter that are merged.
+      size: size of the merged axis.
+      block: side of its blocks.
+      shard: size of the part that one device has.
+      inner: number of shards into which the merged axes but the first are cut.
+      fitting: largest smaller side of blocks that would not be cut, or 0 for none.
     """
 
     axes: tuple[int, ...]
@@ -192,7 +198,7 @@ class _CutBlocks(NamedTuple):
 
 
 def _cut_blocks(leaf: Leaf) -> list[_CutBlocks]:
-    """The (merged) axes whose blocks are cut."""
+    """The axes, which may be merged, whose blocks are cut."""
     spec, sizes = spec_and_sizes(leaf)
     found = []
     for axes, block in leaf.layout.blocked():
@@ -208,7 +214,7 @@ def _cut_blocks(leaf: Leaf) -> list[_CutBlocks]:
 
 
 def warn_of_cut_blocks(leaf: Leaf) -> None:
-    """Warns if blocks of a parameter lie on several devices each."""
+    """Warns if blocks of a parameter are cut."""
     if leaf.sharding is None:
         return
     for cut in _cut_blocks(leaf):

@@ -1,10 +1,13 @@
 """Refreshes of parameters on a mesh of devices.
 
-Each device refreshes the blocks that it has of *aligned* parameters (see `_placement`),
-and there is no communication. All other parameters are *spread*: each of their factors
-is brought to one device, its *owner*, such that all devices have about the same to do,
-and its new eigenbasis is handed back. Both happen in one `jax.shard_map`, where what is
-brought is refreshed together with what is there.
+Each device refreshes the blocks that it has of aligned parameters (see `_placement`),
+and there is no communication. All other parameters are *spread*: each matrix of their
+factors is brought to one device, its *owner*, so that all devices have about equally
+much to do, and its new eigenbasis is handed back. An *exchange* does this for the
+factors of one size that are sharded alike. A device has *rooms* in an exchange, each
+for one matrix, and some rooms may stay empty. Everything happens in one
+`jax.shard_map`, where a device refreshes its own blocks and the matrices that were
+brought to it together.
 """
 
 import collections
@@ -26,7 +29,9 @@ from soap_optax.refresh import _stacks
 from soap_optax.refresh._methods import Refreshed, RefreshMethod, Request
 from soap_optax.refresh._stacks import Bases, Refresh, Unit
 
-_Matrix = tuple[int, int, int]  # a unit, and the number of one of its matrices here
+# The two numbers of a unit (see `_stacks`), and the number of one of the matrices that
+# a device has of it.
+_Matrix = tuple[int, int, int]
 
 
 def make_refresh(
@@ -36,40 +41,34 @@ def make_refresh(
     request: Request,
     count: int | None,
 ) -> "Refresh | SpreadRefresh":
-    """A refresh of all parameters, on their mesh if their shardings are known.
+    """Plans a refresh of all parameters, on their mesh if their shardings are known.
 
     Args:
-      leaves: the parameters.
-      factors: of each parameter, for each axis an array `[grid…, b, b]`, or None.
-      method: how eigenbases are refreshed.
+      leaves: plans of the parameters.
+      factors: a list per parameter, with an array `[grid…, b, b]` or None per axis.
+      method: method by which eigenbases are refreshed.
       request: what is asked of the method.
-      count: of slots, see `_stacks.make_slots`.
+      count: largest number of slots, or None; see `_stacks.make_slots`.
     """
     if any(leaf.sharding is None for leaf in leaves) or not leaves:
-        layouts = [leaf.layout for leaf in leaves]
+        layouts = tuple(leaf.layout for leaf in leaves)
         slots = _stacks.make_slots(factors, count)
         return Refresh(layouts, factors, [None] * len(leaves), method, request, slots)
     with_factors = [i for i, leaf in enumerate(leaves) if leaf.layout.has_factors]
     aligned = [i for i in with_factors if _placement.is_aligned(leaves[i])]
     others = [i for i in with_factors if i not in aligned]
-    if count is None:  # They are cut by what a device has.
+    if count is None:  # Each slot has a similar share of what one device has.
         both = (_slots_by_shards(leaves, factors, some) for some in (aligned, others))
-        slots = [a + b for a, b in itertools.zip_longest(*both, fillvalue=[])]
-    else:  # They are the same on every mesh, since they decide what is refreshed when.
+        slots = tuple(a + b for a, b in itertools.zip_longest(*both, fillvalue=()))
+    else:  # Slots decide what is refreshed when, so they must not depend on the mesh.
         slots = _stacks.make_slots(factors, count)
-    spread = [[i for i in slot if i not in aligned] for slot in slots]
-    exchanges = [
-        exchange
-        for slot, members in enumerate(spread)
-        for exchange in _exchanges(leaves, factors, slot, members)
-    ]
-    return SpreadRefresh(leaves, factors, method, request, aligned, exchanges, slots)
+    return SpreadRefresh(tuple(leaves), factors, method, request, tuple(aligned), slots)
 
 
 def _slots_by_shards(
     leaves: Sequence[Leaf], factors: Sequence[Any], members: list[int]
-) -> list[list[int]]:
-    """Divides some parameters into slots by what one device has of their factors."""
+) -> list[tuple[int, ...]]:
+    """Divides the parameters `members` into slots by a device's share of factors."""
 
     def shard(array: Any, sharding: _mesh.NamedSharding | None) -> Any:
         if array is None or sharding is None:
@@ -79,38 +78,39 @@ def _slots_by_shards(
     shards = [
         list(map(shard, factors[i], _placement.of_factors(leaves[i]))) for i in members
     ]
-    return [[members[k] for k in slot] for slot in _stacks.make_slots(shards)]
+    slots = _stacks.make_slots(shards)
+    return [tuple(members[k] for k in slot) for slot in slots]
 
 
 @dataclasses.dataclass(frozen=True)
 class _Exchange:
     """Brings factors of one size, sharded alike, to their owners, and back.
 
-    Each matrix is cut by rows over some mesh axes, and along the mesh axes that do not
-    shard it, devices have the same. All these devices share the work. They are numbered
-    along the axes of the rows first. A device has a number of *rooms*, each for one
-    matrix; some rooms stay empty.
+    The rows of each matrix are sharded over some mesh axes. Along the mesh axes that do
+    not shard the matrix, devices have copies. All devices that have rows of a matrix
+    share the work. They are numbered along the mesh axes of the rows first.
 
-    For example, three 4 × 4 matrices A, B, C on a mesh with axes x and y of size 2 are
-    cut by rows over x, and the same along y. Device 2x + y has rows 2x and 2x + 1 of
-    each. The owners of A, B, C are devices 0, 1, 2, so one room each is enough. Devices
-    with y = 0 pick from their rows what devices 0 and 2 own, [A, C], and those with
-    y = 1 pick what devices 1 and 3 own, [B, empty]. An all-to-all along x then gives
-    device 0 all rows of A, device 2 those of C, device 1 those of B. To hand back, the
-    all-to-all goes the other way, so that devices with y = 0 have their rows of [A, C]
-    and those with y = 1 of [B, empty]; an all-gather along y makes [A, C, B, empty] of
-    both, from which each takes A, B and C.
+    For example, there are three 4 × 4 matrices A, B, C on a mesh with axes x and y of
+    size 2. Their rows are sharded over x and copied along y, so device 2x + y has rows
+    2x and 2x + 1 of each. The owners of A, B, C are devices 0, 1, 2, so one room per
+    device is enough. Devices with y = 0 pick, from their rows, what devices 0 and 2
+    own, [A, C]. Devices with y = 1 pick what devices 1 and 3 own, [B, empty]. An
+    all-to-all along x then gives device 0 all rows of A, device 2 all rows of C, and
+    device 1 all rows of B. To hand back, the all-to-all goes the other way: devices
+    with y = 0 get their rows of [A, C], and devices with y = 1 their rows of
+    [B, empty]. An all-gather along y joins these to [A, C, B, empty], from which each
+    device takes A, B and C.
 
-    Arrays that are not cut by rows, as eigenvalues, are whole on every device. Then all
-    mesh axes count as those along which devices have the same.
+    Arrays whose rows are not sharded, such as eigenvalues, are whole on every device.
+    For them all these mesh axes count as axes along which devices have copies.
 
     Attributes:
-      slot: that in which they are refreshed.
-      rows: mesh axes by which their rows are sharded.
-      copies: mesh axes along which devices have the same.
-      sizes: of the mesh axes.
-      owners: of each matrix, the number of its owner and its room there.
-      rooms: how many a device has.
+      slot: number of the slot in which the factors are refreshed.
+      rows: mesh axes over which the rows are sharded.
+      copies: mesh axes along which devices have copies.
+      sizes: sizes of the mesh.
+      owners: for each matrix, the number of its owner and the number of its room there.
+      rooms: number of rooms of each device.
     """
 
     slot: int
@@ -126,12 +126,11 @@ class _Exchange:
         return sorted({(i, axis) for i, axis, _ in self.owners})
 
     def bring(self, parts: Mapping[Unit, jax.Array], *, by_rows: bool) -> jax.Array:
-        """Collects what this device owns, `[rooms, b, …]`, zeros in empty rooms.
+        """Collects what this device owns, `[rooms, b, …]`, with zeros in empty rooms.
 
         Args:
-          parts: of each unit the part of its matrices on this device, `[n, …]`: some
-            rows of each if they are cut `by_rows`, else everything.
-          by_rows: whether they are.
+          parts: for each unit, what this device has of its n matrices, `[n, …]`.
+          by_rows: whether that is some rows of each matrix. If not, it is everything.
         """
         rows, _ = self._axes(by_rows)
         every = jnp.concatenate([parts[unit] for unit in self.units])
@@ -155,14 +154,16 @@ class _Exchange:
         return {unit: jnp.take(parts, place, axis=0) for unit, place in places}
 
     def is_filled(self) -> jax.Array:
-        """Which rooms of this device are not empty, `[rooms]`."""
+        """Says of each room of this device whether it is not empty, `[rooms]`."""
         count = len(self.owners)
         return self._contents(by_rows=False)[0] < count
 
     def _contents(self, by_rows: bool) -> jax.Array:
-        """What is in the rooms that this device fills, `[cuts, rooms]`.
+        """Where this device finds what it puts into rooms, `[cuts, rooms]`.
 
-        These are places in the concatenated units; those of empty rooms are behind all.
+        Along the mesh axes of the rows there are as many devices as cuts. For each room
+        of each of them the result has an index into the concatenated units. For an
+        empty room, the index is behind their end.
         """
         rows, copies = self._axes(by_rows)
         places = np.concatenate(list(self._places(by_rows).values()))
@@ -173,7 +174,7 @@ class _Exchange:
         return everywhere[jax.lax.axis_index(copies) if copies else 0]
 
     def _places(self, by_rows: bool) -> dict[Unit, np.ndarray[Any, Any]]:
-        """Where each matrix is in an array `[copies, cuts, rooms]`, counted through."""
+        """The index of each matrix in a flattened array `[copies, cuts, rooms]`."""
         rows, copies = self._axes(by_rows)
         cuts, count = self._count(rows), self._count(copies)
         places: dict[Unit, list[int]] = collections.defaultdict(list)
@@ -189,34 +190,53 @@ class _Exchange:
         return math.prod(self.sizes[axis] for axis in axes)
 
 
+@functools.partial(
+    jax.tree_util.register_dataclass,
+    data_fields=["factors", "request"],
+    meta_fields=["leaves", "method", "aligned", "slots"],
+)
 @dataclasses.dataclass(frozen=True)
 class SpreadRefresh:
     """A refresh of the eigenbases of all parameters on a mesh, used like `Refresh`.
 
     Attributes:
-      leaves: the parameters; the sharding of each is known.
-      factors: of each parameter, for each axis an array `[grid…, b, b]`, or None.
-      method: how eigenbases are refreshed.
+      leaves: plans of the parameters, in which all shardings are known.
+      factors: a list per parameter, with an array `[grid…, b, b]` or None per axis.
+      method: method by which eigenbases are refreshed.
       request: what is asked of the method.
-      aligned: the numbers of the aligned parameters.
-      exchanges: those of the factors of spread parameters.
-      slots: of each slot, the numbers of its parameters.
+      aligned: numbers of the aligned parameters.
+      slots: for each slot, the numbers of its parameters.
     """
 
-    leaves: Sequence[Leaf]
+    leaves: tuple[Leaf, ...]
     factors: Sequence[Any]
     method: RefreshMethod
     request: Request
-    aligned: Sequence[int]
-    exchanges: Sequence[_Exchange]
-    slots: Sequence[Sequence[int]]
+    aligned: tuple[int, ...]
+    slots: tuple[tuple[int, ...], ...]
+
+    @functools.cached_property
+    def exchanges(self) -> list[_Exchange]:
+        """The exchanges of the factors of spread parameters, slot by slot."""
+        return [
+            exchange
+            for slot, members in enumerate(self.slots)
+            for exchange in _exchanges(
+                self.leaves, self.factors, slot, self._spread(members)
+            )
+        ]
+
+    def _spread(self, members: Sequence[int]) -> list[int]:
+        """The numbers of the parameters in `members` that are spread."""
+        return [i for i in members if i not in self.aligned]
 
     def run(self, bases: Bases, begin: Any, end: Any) -> Bases:
-        """Refreshes the slots from `begin` to `end`, changes the moments to them.
+        """Refreshes the slots from `begin` to `end`; their first moments follow.
 
-        The moments of aligned parameters change basis on each device, slot by slot, as
-        the eigenbases are overwritten. Those of spread parameters change basis after
-        that, where they lie, for which all of the old eigenbases are kept so long.
+        First moments of aligned parameters change basis on each device, slot by slot,
+        when the eigenbases are overwritten. First moments of spread parameters change
+        basis after that, where they lie. For this all their old eigenbases are kept
+        until then.
         """
         if not self.slots:
             return bases
@@ -228,16 +248,14 @@ class SpreadRefresh:
             in_specs=(jax.P(), jax.P(), jax.P(), specs.eigenbases, specs),
             out_specs=specs,
         )
-        scalars = self.request.scalars()
-        slots = jnp.asarray(begin), jnp.asarray(end)
-        new = Bases(*refresh(*slots, scalars, list(self.factors), local))
+        due = jnp.asarray(begin), jnp.asarray(end)
+        new = Bases(*refresh(*due, self.request, list(self.factors), local))
         moments = list(bases.moments)
         for i in self.aligned:
             moments[i] = new.moments[i]
         new = new._replace(moments=moments)
         for slot, members in enumerate(self.slots):
-            spread = [i for i in members if i not in self.aligned]
-            if spread:
+            if spread := self._spread(members):
                 adopt = functools.partial(self._adopt, spread)
                 adopt = self._if_due(slot, begin, end, adopt, lambda old, _: old)
                 adopted = adopt(bases.take(spread), new.take(spread))
@@ -248,14 +266,14 @@ class SpreadRefresh:
         self,
         begin: jax.Array,
         end: jax.Array,
-        scalars: dict[str, Any],
+        request: Request,
         factors: list[Any],
         bases: Bases,
     ) -> Bases:
         """Refreshes the eigenbases of what one device has or owns.
 
-        It is a `Refresh` of the aligned parameters and, behind them in its lists, of
-        the factors in each exchange as if these were a parameter.
+        This is a `Refresh` whose lists have the aligned parameters first and then an
+        entry for each exchange, as if its factors were a parameter.
         """
         bases = Bases(*bases)
         mine = bases.take(self.aligned)
@@ -270,11 +288,11 @@ class SpreadRefresh:
             all_factors.append([factor])
             mine = Bases(*([*a, b] for a, b in zip(mine, brought, strict=True)))
         refresh = Refresh(
-            layouts,
+            tuple(layouts),
             all_factors,
             [None] * len(self.aligned) + [e.is_filled() for e in self.exchanges],
             self.method,
-            dataclasses.replace(self.request, **scalars),
+            request,
             self._slots_on_device(),
         )
         mine = refresh.run(mine, begin, end)
@@ -287,16 +305,19 @@ class SpreadRefresh:
             new = hand_back(new, Bases(*(entries[number] for entries in mine)))
         return new
 
-    def _slots_on_device(self) -> list[list[int]]:
-        """The slots of the `Refresh` on a device, by the numbers in its lists."""
+    def _slots_on_device(self) -> tuple[tuple[int, ...], ...]:
+        """The slots of the `Refresh` on a device, with the numbers in its lists."""
         place = {i: number for number, i in enumerate(self.aligned)}
         slots = [[place[i] for i in slot if i in place] for slot in self.slots]
         for number, exchange in enumerate(self.exchanges, len(self.aligned)):
             slots[exchange.slot].append(number)
-        return slots
+        return tuple(map(tuple, slots))
 
     def _adopt(self, members: Sequence[int], old: Bases, new: Bases) -> Bases:
-        """Adopts new eigenbases, as stored, and changes the moments to them."""
+        """Changes the first moments of spread parameters to their new eigenbases.
+
+        Where a first moment would not stay finite, the old eigenbasis stays.
+        """
 
         def refreshed(basis: Any, eigenvalues: Any, skipped: Any, before: Any) -> Any:
             if basis is None:
@@ -325,14 +346,14 @@ class SpreadRefresh:
         return Bases(*map(list, zip(*adopted, strict=True)))
 
     def _if_due(self, slot: int, begin: Any, end: Any, do: Any, keep: Any) -> Any:
-        """`do` or, where other slots are refreshed, `keep`."""
+        """Chooses the function `do` if the slot is refreshed, and `keep` if not."""
         if len(self.slots) == 1:
             return do
         is_due = jnp.logical_and(begin <= slot, slot < end).astype(jnp.int32)
         return lambda *operands: jax.lax.switch(is_due, [keep, do], *operands)
 
     def _specs(self, bases: Bases) -> Bases:
-        """How the bases are sharded."""
+        """The specs of all arrays in the bases."""
 
         def specs(shardings_of: Any) -> list[Any]:
             return [[s and s.spec for s in shardings_of(leaf)] for leaf in self.leaves]
@@ -351,14 +372,17 @@ def _mesh_of(leaves: Sequence[Leaf]) -> Any:
 
 
 def _zeros_like_result(function: Any, *operands: Any) -> Any:
-    """Zeros in the place of what the function would make of the operands."""
+    """Zeros in the shapes of what the function would make of the operands."""
     return jax.tree.map(jnp.zeros_like, jax.eval_shape(function, *operands))
 
 
 def _bring(
     exchange: _Exchange, factors: list[Any], bases: Bases
 ) -> tuple[jax.Array, list[Any]]:
-    """What this device owns: factors, and for each list of `Bases` an entry."""
+    """Brings the factors that this device owns, and an entry for each list of `Bases`.
+
+    The last entry is empty, because first moments stay where they are.
+    """
 
     def one(entries: list[Any], rank: int) -> jax.Array:
         parts = {}
@@ -373,7 +397,7 @@ def _bring(
 
 
 def _hand_back(exchange: _Exchange, bases: Bases, mine: Bases) -> Bases:
-    """The bases, with what devices own put where it came from."""
+    """Puts what devices own back into the bases, where it came from."""
 
     def one(entries: list[Any], owned: jax.Array, by_rows: bool) -> list[Any]:
         changed = [entry and list(entry) for entry in entries]
@@ -390,7 +414,7 @@ def _hand_back(exchange: _Exchange, bases: Bases, mine: Bases) -> Bases:
 
 
 class _Kind(NamedTuple):
-    """What factors have in common that can share an `_Exchange`."""
+    """What factors need to have in common to share an exchange."""
 
     size: int
     dtype: Any
@@ -401,9 +425,10 @@ class _Kind(NamedTuple):
 def _exchanges(
     leaves: Sequence[Leaf], factors: Sequence[Any], slot: int, members: list[int]
 ) -> list[_Exchange]:
-    """Gives the matrices of spread parameters to the devices, the largest first.
+    """Gives the matrices of the spread parameters of a slot to owners, largest first.
 
-    Each goes to the device with the least to do of those that have a part of it.
+    The owner of a matrix is the device with the least to do of those that have a part
+    of it.
     """
     matrices = [
         (kind, (i, axis, number))
@@ -441,10 +466,10 @@ def _give_to_idlest(
     """Adds a cost to the load of the device that has the least to do.
 
     Args:
-      load: of each device of the mesh, changed in place.
-      shared: the axes of the mesh along which devices share the work. Along the other
-        axes devices do the same at the same time, each for its own shards.
-      cost: what is to be done.
+      load: load of each device of the mesh; it is changed in place.
+      shared: axes of the mesh along which devices share the work. Along the other axes
+        devices do equal work at the same time, each for its own shards.
+      cost: cost of the work to be done.
 
     Returns:
       The number of the device, counted along the shared axes in their order.
@@ -461,7 +486,7 @@ def _give_to_idlest(
 
 
 def _kind(factor: jax.Array, sharding: _mesh.NamedSharding) -> tuple[_Kind, int]:
-    """The kind of the factors of one axis, and how many of them a device has."""
+    """The kind of the matrices of a factor, and how many of them a device has."""
     *grid, rows, _ = map(_mesh.names, sharding.spec)
     used = {*rows, *(name for entry in grid for name in entry)}
     copies = tuple(name for name in sharding.mesh.axis_names if name not in used)

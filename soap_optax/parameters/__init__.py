@@ -1,1 +1,1 @@
-"""Parameters: the plan of a shape, and the plans of a tree."""
+"""Parameters: the layout of a shape, and the plan of a tree."""

@@ -1,10 +1,14 @@
-"""A parameter's plan: the axes that form each factor, and how they are cut into blocks.
+"""A parameter's layout: which axes form each factor, and how they are cut into blocks.
 
-A `Layout` follows from the *shape* of a parameter and the options alone. It owns all
-shape arithmetic: parameter-shaped arrays are viewed as arrays of blocks by `to_blocks`
-and come back by `from_blocks`, so that everything kept between steps has the shape of
-the parameter. The array of blocks is the *view*; its axes that number the blocks, and
-those of batches, are the *grid*.
+A `Layout` follows from the shape of a parameter and the options alone. It does all
+arithmetic with shapes: `to_blocks` views an array of the parameter's shape as an array
+of blocks, and `from_blocks` goes back, so that moments kept between steps have the
+shape of the parameter.
+
+The *view* is the array of blocks, for instance of shape `[m/b1, b1, n/b2, b2]`. The
+*grid* is the axes of the view that number the blocks or the members of a batch. A
+*group* is the axes of the parameter that form one factor; they are *merged* into one
+axis.
 """
 
 import dataclasses
@@ -25,18 +29,18 @@ DEFAULT_MAX_PRECOND_DIM = 10_000
 class DimensionNumbers(NamedTuple):
     """The axes of a parameter that form each Kronecker factor.
 
-    The array is preconditioned as a tensor with one (merged) axis per group. Axes that
-    no group names are batch axes: every index along them has factors of its own, as
-    for scanned layers, experts or heads. `optax.contrib.MuonDimensionNumbers(r, o)` is
-    accepted wherever this is, and means `DimensionNumbers((r, o))`.
+    The axes of a factor are merged into one. Axes that belong to no factor are batch
+    axes: every index along them has factors of its own, as for scanned layers, experts
+    or heads. `optax.contrib.MuonDimensionNumbers(r, o)` is accepted wherever this class
+    is, and means `DimensionNumbers((r, o))`.
 
     Attributes:
-      factor_axes: one entry per factor, an axis or a sequence of axes (negative ones
-        count from the end). The axes of an entry are merged in ascending order.
+      factor_axes: for each factor, an axis or a sequence of axes. Negative ones count
+        from the end. The axes of a factor are merged in ascending order.
 
     Example:
-      >>> # [layers, heads, head_dim, width]: one factor of heads * head_dim, one of
-      >>> # width, for each layer separately
+      >>> # In [layers, heads, head_dim, width] each layer has one factor for heads and
+      >>> # head_dim together and one for width.
       >>> DimensionNumbers(factor_axes=((1, 2), 3))
       DimensionNumbers(factor_axes=((1, 2), 3))
     """
@@ -56,13 +60,14 @@ class Layout:
     """How an array of shape `shape` is viewed as an array of equal blocks.
 
     Attributes:
-      shape: the parameter's shape.
-      order: its axes, permuted only where the axes of one factor are not adjacent.
-      view: shape of the array of blocks, for instance `[m/b1, b1, n/b2, b2]`.
-      grid: the axes of the view that number the blocks: batch axes and block indices.
-      parents: for each axis of the view, the axis of the (ordered) parameter it takes
-        its sharding from, None where it takes none.
-      axes: the axes of the view along a block, one per factor.
+      shape: shape of the parameter.
+      order: axes of the parameter in the order in which they are viewed. They are
+        permuted only where the axes of one factor are not adjacent.
+      view: shape of the view, for instance `[m/b1, b1, n/b2, b2]`.
+      parents: for each axis of the view, the index in `order` of the parameter's axis
+        from which it takes its sharding, or None where it takes none.
+      grid: axes of the view that number the blocks or are batch axes.
+      axes: axes of the view along the sides of a block, one per group.
       factored: for each of `axes`, whether it has a factor or keeps the identity.
     """
 
@@ -80,12 +85,12 @@ class Layout:
 
     @property
     def within(self) -> list[int]:
-        """The axes of the view within a block, which are all but the grid."""
+        """The axes of the view that are not in the grid, along the sides of a block."""
         return [d for d in range(len(self.view)) if d not in self.grid]
 
     @property
     def sources(self) -> list[int | None]:
-        """For each axis of the view, the axis of the parameter behind its `parents`."""
+        """For each axis of the view, the parameter's axis that gives its sharding."""
         return [None if p is None else self.order[p] for p in self.parents]
 
     def to_blocks(self, array: jax.Array) -> jax.Array:
@@ -107,7 +112,7 @@ class Layout:
         return ordered.transpose(inverse)
 
     def blocked(self) -> list[tuple[tuple[int, ...], int]]:
-        """The (merged) axes that are cut into blocks, each with the side of a block."""
+        """The groups of axes that are cut into blocks, each with its block's side."""
         starts = [parent for parent in self.parents if parent is not None]
         ends = dict(itertools.pairwise([*starts, len(self.order)]))
         found = []
@@ -145,15 +150,16 @@ def make_layout(
 
     Args:
       shape: the parameter's shape.
-      options: all of them, of which those about axes, factors and blocks are read.
-      dimension_numbers: those of this parameter, or None; they override the shape rule
-        (merging, vectors).
+      options: a value for every option; those about axes, factors and blocks are read.
+      dimension_numbers: dimension numbers of this parameter, or None. They replace the
+        options `merge_dims` and `precondition_1d`.
 
     Returns:
       The `Layout`.
 
     Raises:
-      ValueError: if `dimension_numbers` repeats an axis or names one that is not there.
+      ValueError: if `dimension_numbers` do not name different axes of the parameter,
+        and at least one per factor.
     """
     shape = tuple(shape)
     longest = options["max_precond_dim"]
@@ -253,7 +259,7 @@ def _named_groups(
 
 
 def _merged_groups(shape: tuple[int, ...], longest: int) -> list[tuple[int, ...]]:
-    """Adjacent axes, merged from the left while the product allows it, as published."""
+    """Merges adjacent axes from the left up to a product of `longest`, as published."""
     groups: list[tuple[int, ...]] = []
     run: tuple[int, ...] = ()
     for axis, size in enumerate(shape):
@@ -272,8 +278,8 @@ def _merged_groups(shape: tuple[int, ...], longest: int) -> list[tuple[int, ...]
 def _block(size: int, block_size: int | None) -> int:
     """The side of equal blocks: the largest divisor of `size` up to `block_size`.
 
-    An axis whose largest such divisor is 1 or below an eighth of `block_size` stays
-    whole: many tiny blocks precondition next to nothing.
+    The axis stays whole if this divisor is 1 or less than an eighth of `block_size`,
+    because many tiny blocks precondition next to nothing.
     """
     if block_size is None or size <= block_size:
         return size

@@ -1,8 +1,10 @@
-"""Plans the parameters of a tree, and puts lists back into trees.
+"""Plans the parameters of a tree, and nests values like the parameters.
 
-The transformation works on lists that follow the parameters. Here each parameter gets
-its path, layout, dtype and sharding, with errors that name the parameter, and values
-that belong to parameters are put into nested dicts and found there again.
+A *leaf* is the plan of one parameter, which has all that is static about it: its path,
+layout, dtype and sharding. The *plan* of a tree has the leaves, the structure and the
+arrays of the tree. The transformation works on lists in the order of the leaves. This
+module also puts such lists into nested dicts and finds them there again. Its errors
+name the parameter.
 """
 
 import collections
@@ -29,11 +31,12 @@ class Leaf:
     """What is static about one parameter.
 
     Attributes:
-      path: its keys in the tree.
-      keys: its keys in nested dicts.
-      layout: its factors and blocks.
-      dtype: that of its moments, at least float32.
-      sharding: on a mesh, with a `jax.P` of its rank; None: not known.
+      path: keys of the parameter in its tree.
+      keys: names on the path, by which values for the parameter are kept in nested
+        dicts.
+      layout: layout of its factors and blocks.
+      dtype: dtype in which its update is computed, at least float32.
+      sharding: its sharding on a mesh, with a `jax.P` of its rank; None if not known.
     """
 
     path: tuple[Any, ...]
@@ -44,11 +47,11 @@ class Leaf:
 
     @property
     def name(self) -> str:
-        """The path as errors name it."""
+        """The text by which errors name the parameter."""
         return _name(self.path)
 
     def cast(self, array: Any) -> Any:
-        """The array, or a `jax.ShapeDtypeStruct`, in this dtype."""
+        """Converts an array or a `jax.ShapeDtypeStruct` to the dtype of the leaf."""
         if isinstance(array, jax.ShapeDtypeStruct):
             return array.update(dtype=self.dtype)
         return array.astype(self.dtype)
@@ -62,7 +65,7 @@ class Plan(NamedTuple):
     arrays: list[Any]
 
     def widened(self) -> Any:
-        """The tree, each array in the dtype of its moments."""
+        """The tree, with each array in the dtype of its leaf."""
         return self.treedef.unflatten(
             leaf.cast(array)
             for leaf, array in zip(self.leaves, self.arrays, strict=True)
@@ -74,15 +77,15 @@ def make_plan(tree: Any, options: EigenbasisOptions) -> Plan:
 
     Args:
       tree: parameters, or anything with their structure and shapes.
-      options: all of them. Shardings in the types of arrays come before those that the
-        options give.
+      options: a value for every option. Shardings in the types of arrays come before
+        the option `params_sharding`.
 
     Returns:
       The `Plan`.
 
     Raises:
-      ValueError: naming the parameter, if it is not real floating point or its
-        dimension numbers or its sharding do not fit.
+      ValueError: if a parameter is not real floating point, or if its dimension numbers
+        or its sharding do not fit; it names the parameter.
     """
     entries, treedef = jax.tree_util.tree_flatten_with_path(tree)
     paths = [path for path, _ in entries]
@@ -111,14 +114,23 @@ def make_plan(tree: Any, options: EigenbasisOptions) -> Plan:
 
 
 def _name(path: tuple[Any, ...]) -> str:
-    """A path as errors name it."""
+    """The text by which errors name the parameter with this path."""
     return jax.tree_util.keystr(path) or "the parameter"
 
 
 def flatten_params(plan: Plan, params: Any) -> list[jax.Array]:
-    """The leaves of `params`, checked against the updates that made the plan."""
+    """The arrays of `params`, checked against the plan, which updates have made.
+
+    Where the updates have None, `params` may have anything, because Equinox hands over
+    a whole model, with the functions and the frozen arrays in it.
+    """
+    is_none = lambda node: node is None  # noqa: E731
+    numbers = plan.treedef.unflatten(range(len(plan.leaves)))
     try:
-        flat = [jnp.asarray(p) for p in plan.treedef.flatten_up_to(params)]
+        entries = jax.tree.leaves(numbers, is_leaf=is_none)
+        treedef: Any = jax.tree.structure(numbers, is_leaf=is_none)
+        pairs = zip(entries, treedef.flatten_up_to(params), strict=True)
+        flat = [jnp.asarray(param) for number, param in pairs if number is not None]
     except ValueError as error:
         raise ValueError(
             f"params must have the structure of the updates; {error}"
@@ -135,7 +147,8 @@ def flatten_params(plan: Plan, params: Any) -> list[jax.Array]:
 def _dict_keys(paths: Sequence[tuple[Any, ...]]) -> list[tuple[str, ...]]:
     """The names on each path, without the `value` of a box around a parameter.
 
-    Flax boxes parameters to hold metadata, and NNX gives init boxes, update arrays.
+    Flax puts parameters into boxes that hold metadata. NNX passes boxes to `init` and
+    bare arrays to `update`, and both have to give the same names.
     """
     names = [tuple(jax.tree_util.keystr((k,), simple=True) for k in p) for p in paths]
     siblings = collections.Counter(path[:i] for path in names for i in range(len(path)))
@@ -146,11 +159,12 @@ def _dict_keys(paths: Sequence[tuple[Any, ...]]) -> list[tuple[str, ...]]:
 
 
 def nest(leaves: Sequence[Leaf], values: Sequence[Sequence[Any]]) -> Any:
-    """Nested dicts by the keys of each leaf's path, with its values as a tuple.
+    """Puts the values of each leaf, as a tuple, into nested dicts by the leaf's keys.
 
-    Without leaves it is a scalar 0 and not an empty dict: with a tree that has no
-    leaves, `optax.tree.map_params` asks which parts of a state are shaped like
-    parameters, and one leaf has to stand for those that are not.
+    Without leaves the result is a scalar 0 and not an empty dict. To find the parts of
+    a state that are shaped like parameters, `optax.tree.map_params` calls `init` with a
+    tree that has no leaves. There one leaf has to stand for the nested dicts, because
+    they are no such part.
     """
     if not leaves:
         return jnp.zeros([], jnp.int32)
@@ -165,7 +179,7 @@ def nest(leaves: Sequence[Leaf], values: Sequence[Sequence[Any]]) -> Any:
 
 
 def find(leaves: Sequence[Leaf], nested: Any) -> list[list[Any]]:
-    """Inverts `nest`, with an empty list for a leaf that is not there."""
+    """Inverts `nest`, with an empty list for a leaf that `nested` does not have."""
 
     def one(leaf: Leaf) -> list[Any]:
         node = nested
@@ -197,7 +211,7 @@ def check_no_others(leaves: Sequence[Leaf], nested: Any) -> None:
 
 def _resolve_dimension_numbers(numbers: Any, tree: Any, count: int) -> list[Any]:
     """The dimension numbers of each parameter, None where the shape decides."""
-    if callable(numbers):
+    if _is_function(numbers):
         numbers = numbers(tree)
     if numbers is None or is_dimension_numbers(numbers):
         return [numbers] * count
@@ -214,15 +228,16 @@ def resolve_shardings(tree: Any, params_sharding: Any) -> list[_mesh.NamedShardi
     Args:
       tree: the parameters, or their shapes.
       params_sharding: a tree of `NamedSharding` or, for the mesh of `jax.set_mesh`,
-        `jax.P`, like the parameters or a prefix of them, or a callable making it.
+        `jax.P`, like the parameters or a prefix of them, or a callable that makes such
+        a tree from the parameters.
 
     Raises:
-      ValueError: naming the parameter, if its sharding is none, names axes that its
-        mesh does not have, does not fit its shape, or is on another mesh than the
-        others.
+      ValueError: if what is given for a parameter is no sharding, names axes that its
+        mesh does not have, does not fit the parameter's shape, or is on another mesh
+        than the others; it names the parameter.
     """
     is_sharding = lambda x: isinstance(x, (jax.sharding.Sharding, jax.P))  # noqa: E731
-    if callable(params_sharding):
+    if _is_function(params_sharding):
         params_sharding = params_sharding(tree)
     given = _per_parameter(
         "params_sharding", params_sharding, tree, is_sharding, _mesh.SHARDING_RULE
@@ -239,12 +254,18 @@ def resolve_shardings(tree: Any, params_sharding: Any) -> list[_mesh.NamedShardi
     return shardings
 
 
+def _is_function(given: Any) -> bool:
+    """Says whether an option is a function. A tree is none, even if it is callable."""
+    return callable(given) and jax.tree_util.all_leaves([given])
+
+
 def _known_shardings(
     arrays: Sequence[Any], tree: Any, params_sharding: Any
 ) -> Sequence[_mesh.NamedSharding | None]:
     """The shardings in the types of the arrays, or else those of `params_sharding`.
 
-    They are None where each device sees arrays of its own (`jax.shard_map`).
+    All are None if one of them is not known, if all arrays are only shapes, or if each
+    device sees arrays of its own, as in `jax.shard_map`.
     """
     unknown = [None] * len(arrays)
     if not arrays:
@@ -262,7 +283,7 @@ def _known_shardings(
 def _per_parameter(
     name: str, given: Any, tree: Any, is_entry: Callable[[Any], bool], rule: str
 ) -> list[Any]:
-    """The entries of a tree like the parameters, or of a prefix, for each of them."""
+    """For each parameter, its entry in a tree like the parameters or a prefix of it."""
     treedef: Any
     entries, treedef = jax.tree.flatten(
         given, is_leaf=lambda node: node is None or is_entry(node)
@@ -276,8 +297,8 @@ def _per_parameter(
             f"{name} must be a tree with the structure of the parameters, or a prefix "
             f"of it; {error}"
         ) from error
-    # An entry holds for all of its subtree: one parameter, boxed or not, a whole layer,
-    # or nothing where the parameter is masked.
+    # An entry applies to every parameter in its subtree, which is one parameter, boxed
+    # or not, a whole layer, or nothing where the parameter is masked.
     return [
         entry
         for entry, subtree in zip(entries, subtrees, strict=True)

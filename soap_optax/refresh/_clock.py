@@ -12,12 +12,13 @@ import jax.numpy as jnp
 class Clock:
     """Says which refreshes are due in a step.
 
-    The parameters are divided into *slots* (see `_stacks`), which are refreshed one
-    after the other: all in one step or, staggered, one in each step.
+    The parameters are divided into slots (see `_stacks`). All slots are refreshed in
+    one step or, if they are staggered, at most one slot in each step.
 
     Attributes:
-      frequency: steps from one refresh of a parameter to the next, or a schedule.
-      stagger: whether the slots are refreshed in steps of their own.
+      frequency: number of steps from one refresh of a parameter to the next, or a
+        schedule of it.
+      stagger: whether the slots are staggered.
     """
 
     frequency: int | Callable[[jax.Array], Any]
@@ -26,12 +27,12 @@ class Clock:
     def due(self, count: jax.Array, slots: int) -> tuple[Any, Any]:
         """The first of the slots that are due in the step `count`, and the last plus 1.
 
-        All are when the frequency divides the count, and so at the first step. If they
-        are staggered, one is in each step after the first.
+        All slots are due when the frequency divides the count. If they are staggered,
+        all are due in the first step, and later at most one in each step.
         """
         if not self.stagger:
             return 0, jnp.where(self.begins(count, slots), slots, 0)
-        frequency: Any = self.frequency  # no schedule, by the rules of the options
+        frequency: Any = self.frequency  # The options rule out a schedule here.
         slot = count % frequency
         is_first = count == 0
         return (
@@ -45,7 +46,7 @@ class Clock:
         if callable(frequency):
             frequency = frequency(count)
         frequency = jnp.maximum(1, jnp.asarray(frequency).astype(count.dtype))
-        # The first step refreshes all, so that the first to follow is the second slot.
+        # The step of count 0 refreshes all slots, and that of count 1 the second slot.
         is_second = self.stagger and slots > 1
         begin = 1 % frequency if is_second else 0
         return (count % frequency == begin) | (count == 0)

@@ -1,8 +1,8 @@
 """Methods of refreshing eigenbases: mathematics on matrices `[..., b, b]`.
 
-A factor M is symmetric and positive semi-definite. Its eigenbasis Q is orthonormal and
-has approximate eigenvectors for columns. The *Rayleigh quotient* q^T M q of a column q
-estimates its eigenvalue.
+A factor M is symmetric and positive semi-definite. Its eigenbasis Q is orthonormal, and
+its columns are approximate eigenvectors. The *Rayleigh quotient* q^T M q of a column q
+estimates its eigenvalue. A direction is *null* if its eigenvalue is round-off.
 
 A method is a class with one function, `RefreshMethod.refresh`. To add one, write the
 class and enter it in `METHODS`.
@@ -10,6 +10,7 @@ class and enter it in `METHODS`.
 
 import abc
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -25,10 +26,11 @@ class Refreshed(NamedTuple):
     """What a refresh makes of eigenbases.
 
     Attributes:
-      eigenbases: the new ones, `[..., b, b]`. Each column stands where the column stood
-        that it continues.
-      eigenvalues: estimates that belong to the new ones, `[..., b]`.
-      is_new: which are sound, `[...]`; the others may hold anything.
+      eigenbases: new eigenbases, `[..., b, b]`. Each column stands in the place of the
+        old column that it continues.
+      eigenvalues: estimates of the eigenvalues, one for each new column, `[..., b]`.
+      is_new: whether an eigenbasis is new and sound, `[...]`. Where it is false, the
+        eigenbasis and its eigenvalues may hold anything.
     """
 
     eigenbases: jax.Array
@@ -36,37 +38,36 @@ class Refreshed(NamedTuple):
     is_new: jax.Array
 
 
+@functools.partial(
+    jax.tree_util.register_dataclass,
+    data_fields=["decompose", "tolerance"],
+    meta_fields=["precision"],
+)
 @dataclasses.dataclass(frozen=True)
 class Request:
-    """What is asked of every method.
+    """What a refresh asks of every method.
+
+    It is a pytree, because it has to be an operand of functions that see only a part of
+    a mesh. On explicit axes these may not close over arrays (jax-ml/jax#29162).
 
     Attributes:
       decompose: whether to find the eigenvectors of the factors by decomposition, as at
-        the first step, when nothing is known of them. False if that is never asked.
+        the first step, when nothing is known of them. None says that this is never
+        asked, so that no decomposition is compiled.
       tolerance: an eigenbasis Q may stay while the norm of the off-diagonal part of
-        Q^T M Q is at most this share of that of M; None: never.
-      precision: of the products of matrices.
+        Q^T M Q is at most this share of the norm of M. None means that it may not.
+      precision: precision of the products of matrices.
     """
 
-    decompose: jax.Array | bool = False
+    decompose: jax.Array | bool | None = None
     tolerance: jax.typing.ArrayLike | None = None
     precision: Any = jax.lax.Precision.HIGHEST
 
-    def scalars(self) -> dict[str, jax.Array]:
-        """The attributes that are arrays, by name.
-
-        They have to be operands of functions that see only a part of a mesh, which on
-        explicit axes may not close over arrays (jax-ml/jax#29162). With
-        `dataclasses.replace` they are put back.
-        """
-        values = {"decompose": self.decompose, "tolerance": self.tolerance}
-        return {k: v for k, v in values.items() if isinstance(v, jax.Array)}
-
 
 class RefreshMethod(abc.ABC):
-    """A method of refreshing eigenbases, with parameters of its own.
+    """A method of refreshing eigenbases.
 
-    Subclasses are frozen dataclasses.
+    A subclass is a frozen dataclass, whose fields are the parameters of the method.
     """
 
     @abc.abstractmethod
@@ -77,16 +78,16 @@ class RefreshMethod(abc.ABC):
         wanted: jax.Array,
         request: Request,
     ) -> Refreshed:
-        """Refreshes eigenbases together.
+        """Refreshes a batch of eigenbases.
 
         Args:
-          factors: `[n, ..., b, b]`.
-          eigenbases: of these factors, `[n, ..., b, b]`.
-          wanted: which of them are to be refreshed, `[n, ...]`.
-          request: what else is asked.
+          factors: factors, `[n, ..., b, b]`.
+          eigenbases: eigenbases of these factors, `[n, ..., b, b]`.
+          wanted: whether each eigenbasis is to be refreshed, `[n, ...]`.
+          request: what else is asked of the method.
 
         Returns:
-          The new ones; none is new that is not wanted.
+          The new eigenbases. An eigenbasis that is not wanted is not marked as new.
         """
 
 
@@ -110,12 +111,12 @@ class QR(RefreshMethod):
 
 @dataclasses.dataclass(frozen=True)
 class CholeskyQR(RefreshMethod):
-    """What `QR` does, up to round-off, from products of matrices: for GPU and TPU.
+    """The step of `QR`, up to round-off, computed by products of matrices.
 
-    Matrices for which it fails are decomposed by Householder's method.
+    Products are fast on GPU and TPU. Where this fails, Householder's method follows.
 
     Attributes:
-      passes: at most so many factorizations are tried; see `_cholesky`.
+      passes: upper bound of the number of factorizations; see `_cholesky`.
     """
 
     passes: int = 6
@@ -138,7 +139,7 @@ class CholeskyQR(RefreshMethod):
 
 @dataclasses.dataclass(frozen=True)
 class Eigh(RefreshMethod):
-    """A decomposition of M at every refresh."""
+    """A full decomposition of M into eigenvectors at every refresh."""
 
     def refresh(
         self,
@@ -159,7 +160,7 @@ METHODS: dict[str, RefreshMethod] = {
 
 
 def rule(name: str, value: Any) -> None:
-    """A rule for arguments: a `RefreshMethod`, or the name of one."""
+    """A rule for arguments (see `_arguments`): a `RefreshMethod` or the name of one."""
     names = [*METHODS]
     listed = f"{' or '.join(map(repr, names))} or a soap_optax.RefreshMethod"
     holds = isinstance(value, RefreshMethod) or value in names
@@ -167,12 +168,12 @@ def rule(name: str, value: Any) -> None:
 
 
 def method_of(value: str | RefreshMethod) -> RefreshMethod:
-    """The method of which this is the name, or which it is."""
+    """The method that has the name `value`, or `value` if it is a method itself."""
     return METHODS[value] if isinstance(value, str) else value
 
 
-# Orthonormal rows, and the size of the part of each row that was orthogonal to those
-# before it, `[..., b]`.
+# Orthonormal rows, and for each row the size, `[..., b]`, of the part of it that was
+# orthogonal to the rows before it.
 _Orthonormal = tuple[jax.Array, jax.Array]
 
 
@@ -180,12 +181,14 @@ class PowerStep(NamedTuple):
     """The power step M Q of a factor M and its eigenbasis Q, and its eigenvalues.
 
     Attributes:
-      rows: M Q, transposed, over the largest Rayleigh quotient, `[..., b, b]`; where a
-        quotient is round-off, the column of Q.
-      quotients: the Rayleigh quotients of the columns of Q, over the largest, 0 where
-        they are round-off, `[..., b]`.
-      largest: of the quotients, or 1 where all are zero, `[..., 1]`.
-      off_diagonal: norm of the off-diagonal part of Q^T M Q over that of M, `[...]`.
+      rows: columns of M Q as rows, over `largest`, `[..., b, b]`. A null column of Q
+        stands here as it is.
+      quotients: Rayleigh quotients of the columns of Q, over `largest`, `[..., b]`, and
+        0 for null columns.
+      largest: largest of the Rayleigh quotients, or 1 where it is not positive,
+        `[..., 1]`.
+      off_diagonal: norm of the off-diagonal part of Q^T M Q over the norm of M,
+        `[...]`.
     """
 
     rows: jax.Array
@@ -195,12 +198,12 @@ class PowerStep(NamedTuple):
 
 
 def power_step(factors: jax.Array, eigenbases: jax.Array, precision: Any) -> PowerStep:
-    """Takes the power step M Q, whose columns are nearly multiples of those of Q.
+    """Takes the power step M Q. Its columns are nearly multiples of the columns of Q.
 
     Args:
-      factors: symmetric positive semi-definite, `[..., b, b]`.
-      eigenbases: orthonormal columns, `[..., b, b]`.
-      precision: of the product M Q.
+      factors: symmetric positive semi-definite matrices M, `[..., b, b]`.
+      eigenbases: matrices Q with orthonormal columns, `[..., b, b]`.
+      precision: precision of the product M Q.
     """
     matrix, basis = at_least_float32(factors), at_least_float32(eigenbases)
     products = jnp.einsum("...ki,...kl->...il", basis, matrix, precision=precision)
@@ -224,11 +227,12 @@ def power_step(factors: jax.Array, eigenbases: jax.Array, precision: Any) -> Pow
 def quality(
     factors: jax.Array, eigenbases: jax.Array, precision: Any
 ) -> tuple[jax.Array, jax.Array]:
-    """How well conditioned factors are, and how well eigenbases diagonalize them.
+    """Measures the condition of factors, and how well eigenbases diagonalize them.
 
     Returns:
-      Largest over smallest diagonal entry of Q^T M Q, infinite where the smallest is
-      round-off, and the norm of its off-diagonal part over that of M, both `[...]`.
+      The largest diagonal entry of Q^T M Q over the smallest, infinite where the
+      smallest is round-off, and the norm of the off-diagonal part of Q^T M Q over the
+      norm of M, both `[...]`.
     """
     step = power_step(factors, eigenbases, precision)
     low = step.quotients.min(axis=-1)
@@ -237,7 +241,7 @@ def quality(
 
 
 def angles(eigenbases: jax.Array, others: jax.Array) -> jax.Array:
-    """The angles between the lines along columns, in radians, `[..., b]`."""
+    """The angles between the lines along pairs of columns, in radians, `[..., b]`."""
     basis, other = at_least_float32(eigenbases), at_least_float32(others)
     is_opposite = jnp.sum(basis * other, axis=-2, keepdims=True) < 0
     chords = basis - jnp.where(is_opposite, -other, other)
@@ -246,9 +250,9 @@ def angles(eigenbases: jax.Array, others: jax.Array) -> jax.Array:
 
 
 def is_orthonormal(matrix: jax.Array) -> jax.Array:
-    """Says of each `[..., b, b]` whether its columns are orthonormal, `[...]`.
+    """Says of each matrix Q whether its columns are orthonormal, `[...]`.
 
-    Up to round-off, this is tried on one vector v of random signs: Q^T Q v = v.
+    The test is whether Q^T Q v = v, up to round-off, for one vector v of random signs.
     """
     signs = np.random.default_rng(0).choice([-1.0, 1.0], matrix.shape[-1])
     vector = jnp.broadcast_to(jnp.asarray(signs, matrix.dtype), matrix.shape[:-1])
@@ -266,10 +270,11 @@ def _by_power_step(
     wanted: jax.Array,
     request: Request,
 ) -> Refreshed:
-    """Takes a power step and makes its rows orthonormal, unless it is small enough.
+    """Takes a power step and makes its rows orthonormal, or decomposes the factors.
 
-    Decompositions go through `orthonormalize` as well, so that a program has one QR
-    decomposition for both.
+    An eigenbasis stays where the tolerance of the request allows it. Eigenvectors from
+    a decomposition go through `orthonormalize` as well, so that a program has one QR
+    decomposition for both cases.
     """
     step = power_step(factors, eigenbases, request.precision)
 
@@ -280,7 +285,7 @@ def _by_power_step(
 
     if request.tolerance is None:
         return finish(wanted)
-    # Where the off-diagonal part is NaN, the eigenbasis is to do, and fails.
+    # Where the off-diagonal part is NaN, a refresh is tried, and it fails.
     to_do = wanted & ~(step.off_diagonal <= request.tolerance)
 
     def keep(to_do: jax.Array) -> Refreshed:
@@ -294,28 +299,28 @@ def _ranked(
     step: PowerStep,
     factors: jax.Array,
     wanted: jax.Array,
-    decompose: jax.Array | bool,
+    decompose: jax.Array | bool | None,
     orthonormalize: Callable[[jax.Array, jax.Array], _Orthonormal],
 ) -> _Orthonormal:
     """Makes rows orthonormal in the order of descending Rayleigh quotients.
 
-    They come back where they stood: a coordinate keeps its identity, and statistics
-    that are kept per coordinate stay valid.
+    Afterwards each row returns to the place where it stood. Coordinates thereby keep
+    their identity, and statistics that are kept per coordinate stay valid.
 
     Args:
-      step: the power step, whose rows are taken unless the factors are decomposed.
-      factors: `[n, ..., b, b]`.
-      wanted: which of the matrices are wanted, `[n, ...]`.
+      step: power step, whose rows are taken unless the factors are decomposed.
+      factors: factors, `[n, ..., b, b]`.
+      wanted: whether each matrix is wanted, `[n, ...]`.
       decompose: whether to take the eigenvectors of the factors, in the order of their
-        eigenvalues.
-      orthonormalize: makes rows orthonormal, each to those before it.
+        eigenvalues, in place of the rows of the power step.
+      orthonormalize: makes each row orthogonal to the rows before it, and of length 1.
 
     Returns:
-      The rows and their sizes, which are 0 where they are round-off.
+      The rows and their sizes, which are 0 for null rows.
     """
     order = jnp.argsort(step.quotients, axis=-1, descending=True)
     operands = (step, factors, order)
-    if decompose is False:
+    if decompose is None:
         rows, is_null = _sorted(*operands)
     elif decompose is True:
         rows, is_null = _eigenvectors(*operands)
@@ -330,7 +335,7 @@ def _ranked(
 def _sorted(
     step: PowerStep, _: jax.Array, order: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
-    """The rows of the step in an order, and whether their quotients are 0."""
+    """The rows of the power step, put in `order`, and whether each row is null."""
     quotients = jnp.take_along_axis(step.quotients, order, axis=-1)
     return _take_rows(step.rows, order), quotients <= 0
 
@@ -340,8 +345,8 @@ def _eigenvectors(
 ) -> tuple[jax.Array, jax.Array]:
     """Eigenvectors as rows, times their eigenvalues, in descending order.
 
-    Numerically null ones, which would be chosen by round-off, are left to those of the
-    identity that will stand in their place.
+    Round-off decides which null eigenvectors are found. A null one is therefore
+    replaced by the row of the identity that belongs where `_ranked` will put it.
     """
     matrix = at_least_float32(factors) / step.largest[..., None]
     values, vectors = (x[..., ::-1] for x in jnp.linalg.eigh(matrix))
@@ -354,7 +359,7 @@ def _eigenvectors(
 
 
 def _householder(rows: jax.Array, _: Any = None) -> _Orthonormal:
-    """Orthonormalizes rows by a QR decomposition; the signs keep them nearest."""
+    """Orthonormalizes rows by QR, with the signs that turn each row the least."""
     columns, triangle = jnp.linalg.qr(_transposed(rows))
     sizes = jnp.diagonal(triangle, axis1=-2, axis2=-1)
     signs = jnp.where(sizes < 0, -1, 1).astype(sizes.dtype)
@@ -364,7 +369,7 @@ def _householder(rows: jax.Array, _: Any = None) -> _Orthonormal:
 def _cholesky_or_householder(
     rows: jax.Array, wanted: jax.Array, passes: int
 ) -> _Orthonormal:
-    """Takes `_cholesky` of `[n, ...]` and, for those where it fails, `_householder`."""
+    """Takes `_cholesky`, and `_householder` for those of the n entries it fails for."""
     found = _cholesky(rows, passes)
     failed = wanted & ~is_orthonormal(found[0])
 
@@ -379,15 +384,15 @@ def _cholesky_or_householder(
 
 
 def _cholesky(rows: jax.Array, passes: int) -> _Orthonormal:
-    """Does what `_householder` does, nearly always: Cholesky-QR, repeated.
+    """Orthonormalizes rows by repeated Cholesky-QR, which succeeds nearly always.
 
     With the factorization X X^T = L L^T the rows of L^-1 X are orthonormal, up to
-    round-off times the squared condition number of X. While that is large, a multiple
-    of the identity is added to X X^T, so that it has a factorization: each such pass
-    divides the condition number by some hundreds. The pass after which X is
-    orthonormal up to round-off is the last. Where none is, the result is not
-    orthonormal, or not finite. See Fukaya et al., "Shifted Cholesky QR for computing
-    the QR factorization of ill-conditioned matrices", arXiv 1809.11085.
+    round-off times the squared condition number of X. While that number is large, a
+    multiple of the identity is added to X X^T, so that a factorization exists. Each
+    such pass divides the condition number by some hundreds. The pass that makes X
+    orthonormal up to round-off is the last. If `passes` do not suffice, the result is
+    not orthonormal, or not finite. See Fukaya et al., "Shifted Cholesky QR for
+    computing the QR factorization of ill-conditioned matrices", arXiv 1809.11085.
     """
     eps = float(jnp.finfo(rows.dtype).eps)
     identity = jnp.broadcast_to(jnp.eye(rows.shape[-1], dtype=rows.dtype), rows.shape)
@@ -420,7 +425,7 @@ def _norm(matrix: jax.Array) -> jax.Array:
 
 
 def _null_share(matrix: jax.Array) -> float:
-    """The share of the largest eigenvalue under which one is round-off."""
+    """The share of the largest eigenvalue up to which an eigenvalue is round-off."""
     return 10 * float(jnp.finfo(matrix.dtype).eps)
 
 

@@ -1,17 +1,20 @@
 """Refreshes all eigenbases: the factors of one size together, in bounded memory.
 
-A *unit* is the factor `[grid…, b, b]` of one axis of one parameter. The parameters are
-divided into *slots* of about equal cost, which are refreshed one after the other or,
-staggered, one in each step (see `_clock`). In a slot
+A *unit* is the factor `[grid…, b, b]` of one axis of one parameter. It holds one matrix
+for each block of the parameter. The parameters are divided into *slots* of about equal
+cost. The slots are refreshed one after the other in one step or, if they are staggered,
+in steps of their own (see `_clock`). The refresh of a slot has three parts:
 
-    gather    copies factors and eigenbases into one *stack* `[height, b, b]` per size
-    refresh   goes through the stacks in *chunks* and refreshes eigenbases in place
-    adopt     puts each new eigenbasis in place and changes the first moments to it
+    gather    copies the factors of each size into one *stack* `[height, b, b]`, and
+              their eigenbases into another one
+    refresh   refreshes the eigenbases of a stack in place, a *chunk* of it at a time
+    adopt     gives each parameter its new eigenbases and changes its first moments to
+              them
 
-The first and the last are branches over the slots, the second is the same for all: a
-program has one decomposition for each size, however many factors there are. A factor on
-a mesh of devices whose sharding is not known is refreshed alone, because stacking would
-move it (see `_spread` in the room `mesh`).
+The first and the last part have a branch for each slot, and the second part is shared
+by all slots. So a program has one decomposition for each size, however many factors
+there are. A factor on a mesh of devices whose sharding is not known is refreshed alone,
+because stacking would move it (see `soap_optax.mesh._spread`).
 """
 
 import dataclasses
@@ -31,26 +34,28 @@ from soap_optax.mesh import _mesh
 from soap_optax.parameters._layout import Layout
 from soap_optax.refresh._methods import Refreshed, RefreshMethod, Request
 
-# Into how many slots a refresh is cut that is not staggered, if each has so many bytes:
-# beside factors and eigenbases, it keeps as many times less than they take.
+# A refresh that is not staggered has at most `_SLOTS` slots, with factors of on average
+# at least `_SLOT_BYTES` bytes. More slots need less memory, because only the stacks of
+# one slot are in memory at a time.
 _SLOTS = 8
 _SLOT_BYTES = 2**20
-# A chunk of a stack has at most this many bytes, in the dtype of computation, and this
-# share of the stack, or one matrix.
+# A chunk has at most `_CHUNK_BYTES` bytes, in the dtype of the computation, and at most
+# `_CHUNK_SHARE` of its stack, but at least one matrix.
 _CHUNK_BYTES = 2**25
 _CHUNK_SHARE = 1 / 8
 
-Unit = tuple[int, int]  # the number of a parameter, and that of one of its axes
+Unit = tuple[int, int]  # It has the number of a parameter and the number of an axis.
 
 
 class Bases(NamedTuple):
-    """What a refresh changes: four lists with an entry for each parameter.
+    """What a refresh changes: four lists, each with an entry for each parameter.
 
     Attributes:
-      eigenbases: for each axis an array `[grid…, b, b]`, or None.
-      eigenvalues: for each axis an array `[grid…, b]`, or None.
-      skipped: for each axis an array `[grid…, 1]`, or None; see `EigenbasisState`.
-      moments: the first moments of the parameter.
+      eigenbases: each entry has an array `[grid…, b, b]`, or None, for each axis.
+      eigenvalues: each entry has an array `[grid…, b]`, or None, for each axis.
+      skipped: each entry has an array `[grid…, 1]`, or None, for each axis; see
+        `EigenbasisState`.
+      moments: each entry has the first moments of the parameter.
     """
 
     eigenbases: list[Any]
@@ -71,13 +76,16 @@ class Bases(NamedTuple):
         return Bases(*changed)
 
 
-def make_slots(factors: Sequence[Any], count: int | None = None) -> list[list[int]]:
+def make_slots(
+    factors: Sequence[Any], count: int | None = None
+) -> tuple[tuple[int, ...], ...]:
     """Divides parameters into slots of about equal costs.
 
     Args:
-      factors: of each parameter, for each axis an array, its shape or None.
-      count: of slots, at most; None: such that a refresh of all, one slot after the
-        other, needs little memory.
+      factors: a list per parameter, with an array, its `jax.ShapeDtypeStruct` or None
+        for each axis.
+      count: largest number of slots, or None for a number with which a refresh of all
+        slots, one after the other, needs little memory.
 
     Returns:
       For each slot, the numbers of its parameters.
@@ -101,16 +109,16 @@ def make_slots(factors: Sequence[Any], count: int | None = None) -> list[list[in
         load, slot = heapq.heappop(loads)
         slots[slot].append(i)
         heapq.heappush(loads, (load + costs[i], slot))
-    return slots
+    return tuple(map(tuple, slots))
 
 
 @dataclasses.dataclass(frozen=True)
 class Stack:
-    """The factors of one size and dtype, one after the other in each slot.
+    """The units of one size and dtype, which are stacked in each slot.
 
     Attributes:
-      units: those in each slot, in order.
-      shapes: `[grid…, b, b]` of each unit.
+      units: for each slot, its units in the order in which they are stacked.
+      shapes: shape `[grid…, b, b]` of each unit.
     """
 
     units: Sequence[Sequence[Unit]]
@@ -125,17 +133,17 @@ class Stack:
         """Stacks the arrays of a slot, filled up with zeros to `[height, …]`.
 
         Args:
-          slot: its number.
-          array_of: gives an array for a unit, with an entry per matrix, `[n, …]`.
+          slot: number of the slot.
+          array_of: gives an array `[n, …]` for a unit that has n matrices.
         """
         first = next(itertools.chain(*self.units))
-        like = array_of(first)  # In a shard_map zeros have to vary as an array does.
+        like = array_of(first)  # In a shard_map zeros have to vary as the arrays do.
         missing = self.height - self._count(self.units[slot])
         zeros = jnp.zeros_like(like, shape=(missing, *like.shape[1:]))
         return jnp.concatenate([*map(array_of, self.units[slot]), zeros])
 
     def scatter(self, slot: int, refreshed: Refreshed) -> dict[Unit, Refreshed]:
-        """Cuts the results `[height, …]` of a slot into those of its units."""
+        """Cuts the results `[height, …]` of a slot into the results of its units."""
         counts = [math.prod(self.shapes[unit][:-2]) for unit in self.units[slot]]
         ends = list(itertools.accumulate(counts, initial=0))
         return {
@@ -149,28 +157,36 @@ class Stack:
         return sum(math.prod(self.shapes[unit][:-2]) for unit in units)
 
 
+@functools.partial(
+    jax.tree_util.register_dataclass,
+    data_fields=["factors", "wanted", "request"],
+    meta_fields=["layouts", "method", "slots"],
+)
 @dataclasses.dataclass(frozen=True)
 class Refresh:
     """A refresh of the eigenbases of all parameters.
 
+    It is a pytree, so that it can be an operand of compiled functions.
+
     Attributes:
-      layouts: of each parameter.
-      factors: of each parameter, for each axis an array `[grid…, b, b]`, or None.
-      wanted: of each parameter which of its matrices are wanted, `[n]`, or None: all.
-      method: how eigenbases are refreshed.
+      layouts: layout of each parameter.
+      factors: a list per parameter, with an array `[grid…, b, b]` or None per axis.
+      wanted: for each parameter, whether each of its matrices is wanted, `[n]`, or None
+        if all are.
+      method: method by which eigenbases are refreshed.
       request: what is asked of the method.
-      slots: see `make_slots`.
+      slots: for each slot, the numbers of its parameters; see `make_slots`.
     """
 
-    layouts: Sequence[Layout]
+    layouts: tuple[Layout, ...]
     factors: Sequence[Any]
     wanted: Sequence[jax.Array | None]
     method: RefreshMethod
     request: Request
-    slots: Sequence[Sequence[int]]
+    slots: tuple[tuple[int, ...], ...]
 
     def run(self, bases: Bases, begin: Any, end: Any) -> Bases:
-        """Refreshes the slots from `begin` to `end`, changes the moments to them."""
+        """Refreshes the slots from `begin` to `end`; their first moments follow."""
         if not self.slots:
             return bases
         if len(self.slots) == 1:
@@ -184,7 +200,8 @@ class Refresh:
             _refresh_stack(self.method, self.request, *stack)
             for stack in _switch(slot, gather, bases.eigenbases)
         ]
-        # One branch for each slot, with nothing of the others, which would be copied.
+        # Each slot has a conditional of its own that takes nothing of the other slots,
+        # because XLA would copy what it takes.
         for k, members in enumerate(self.slots):
             adopt = functools.partial(self._adopt, k)
             branches = [adopt] if len(self.slots) == 1 else [_keep, adopt]
@@ -212,7 +229,7 @@ class Refresh:
     def _gather(
         self, slot: int, eigenbases: Sequence[Any]
     ) -> list[tuple[jax.Array, jax.Array, jax.Array]]:
-        """The stacks of factors and eigenbases of a slot, and which are wanted."""
+        """The factors and eigenbases in the stacks of a slot, and which are wanted."""
 
         def factors_of(unit: Unit) -> jax.Array:
             return _flat(self.factors[unit[0]][unit[1]])
@@ -236,7 +253,7 @@ class Refresh:
         ]
 
     def _adopt(self, slot: int, mine: Bases, stacks: list[Refreshed]) -> Bases:
-        """The bases of a slot's parameters with the new ones from its stacks."""
+        """Puts the results in the stacks of a slot into the bases of its parameters."""
         refreshed: dict[Unit, Refreshed] = {}
         for stack, new in zip(self._stacks, stacks, strict=True):
             refreshed |= stack.scatter(slot, new)
@@ -262,21 +279,20 @@ def _keep(bases: Bases, _: list[Refreshed]) -> Bases:
 def refresh_one(
     factor: jax.Array, eigenbasis: jax.Array, method: RefreshMethod, request: Request
 ) -> Refreshed:
-    """Refreshes the eigenbasis of one factor `[grid…, b, b]`, as it is sharded."""
+    """Refreshes the eigenbasis of one factor `[grid…, b, b]` and keeps its sharding."""
 
-    def run(factor: jax.Array, eigenbasis: jax.Array, scalars: Any) -> Refreshed:
-        mine = dataclasses.replace(request, **scalars)
-
+    def run(factor: jax.Array, eigenbasis: jax.Array, request: Request) -> Refreshed:
         def in_stack(to_stack: Any, factor: Any, eigenbasis: Any) -> Refreshed:
             factors, bases = to_stack(factor), to_stack(eigenbasis)
             wanted = jnp.ones_like(factors[..., 0, 0], bool)
-            new = _refresh_stack(method, mine, factors, bases, wanted)
+            new = _refresh_stack(method, request, factors, bases, wanted)
             return _in_grid(new, factor.shape)
 
         block_by_block = functools.partial(in_stack, _flat)
         if not _mesh.may_be_spread(factor):
             return block_by_block(factor, eigenbasis)
-        # It is no batch on CPU, even if that has to gather it; see `_refresh_stack`.
+        # On CPU batches are avoided, even if that gathers the factor; see the comment
+        # in `_refresh_stack`.
         as_one = functools.partial(in_stack, lambda array: array[None])
         return jax.lax.platform_dependent(
             factor, eigenbasis, cpu=block_by_block, default=as_one
@@ -287,7 +303,7 @@ def refresh_one(
     shardings = [_mesh.explicit_sharding(factor, d) for d in dims]
     if shardings[0] is not None:
         run = _mesh.in_automatic_mode(run, Refreshed(*shardings))  # type: ignore[arg-type]
-    return run(factor, eigenbasis, request.scalars())
+    return run(factor, eigenbasis, request)
 
 
 def _switch(index: Any, branches: Sequence[Any], *operands: Any) -> Any:
@@ -297,17 +313,17 @@ def _switch(index: Any, branches: Sequence[Any], *operands: Any) -> Any:
 
 
 def _kind(factor: jax.Array) -> Any:
-    """The type of one matrix of it; those of one kind can be stacked."""
+    """The type of one matrix of a factor. Factors of one kind can be stacked."""
     return jax.typeof(jnp.zeros_like(factor, shape=factor.shape[-2:]))
 
 
 def _flat(array: jax.Array) -> jax.Array:
-    """`[grid…, b, b]` as `[n, b, b]`."""
+    """Reshapes `[grid…, b, b]` to `[n, b, b]`."""
     return array.reshape(-1, *array.shape[-2:])
 
 
 def _in_grid(stack: Sequence[jax.Array], shape: tuple[int, ...]) -> Refreshed:
-    """The results of a stack for a factor of this shape, `[grid…, b, b]`."""
+    """Reshapes the results of n matrices for a factor of shape `[grid…, b, b]`."""
     shapes = (shape, shape[:-1], shape[:-2])
     return Refreshed(*(x.reshape(s) for x, s in zip(stack, shapes, strict=True)))
 
@@ -315,7 +331,17 @@ def _in_grid(stack: Sequence[jax.Array], shape: tuple[int, ...]) -> Refreshed:
 def adopt(
     new: Sequence[Refreshed | None], layout: Layout, old: Bases, precision: Any
 ) -> Bases:
-    """The bases of one parameter with its new eigenbases, where they are new."""
+    """Replaces the eigenbases of one parameter by the new ones, where these are new.
+
+    Args:
+      new: results of a refresh for each axis, or None for an axis without a factor.
+      layout: layout of the parameter.
+      old: bases of the parameter, that is, its entry in each list of `Bases`.
+      precision: precision of the matrix products that change first moments.
+
+    Returns:
+      The new bases of the parameter.
+    """
     moments, is_new = _kronecker.change_basis(
         old.moments,
         old.eigenbases,
@@ -350,14 +376,14 @@ def _refresh_stack(
     eigenbases: jax.Array,
     wanted: jax.Array,
 ) -> Refreshed:
-    """Refreshes a stack, chunk by chunk; where it fails, eigenbases stay.
+    """Refreshes a stack, chunk by chunk. Where the method fails, eigenbases stay.
 
     Args:
-      method: how eigenbases are refreshed.
+      method: method by which eigenbases are refreshed.
       request: what is asked of the method.
-      factors: `[n, ..., b, b]`.
-      eigenbases: `[n, ..., b, b]`.
-      wanted: which of them are wanted, `[n, ...]`.
+      factors: factors, `[n, ..., b, b]`.
+      eigenbases: eigenbases of these factors, `[n, ..., b, b]`.
+      wanted: whether each eigenbasis is wanted, `[n, ...]`.
     """
     zeros = jnp.zeros_like(at_least_float32(eigenbases[..., 0, :]))
     matrix = factors[0].size * zeros.dtype.itemsize
@@ -367,9 +393,10 @@ def _refresh_stack(
     run = functools.partial(_in_chunks, refresh)
     if chunk == 1:
         return run(factors, wanted, old, chunk=1)
-    # On CPU decompositions come from LAPACK, one after another anyway; batches of them
-    # beside other work have been seen to wait for each other for ever (JAX 0.10.2; no
-    # public issue is known, and `tests/test_workarounds.py` tells when this may go).
+    # On CPU decompositions come from LAPACK, which does one after another anyway.
+    # Batches of them beside other work have been seen to wait for each other for ever
+    # (with JAX 0.10.2). No public issue is known, and `tests/test_workarounds.py` tells
+    # when this workaround may go.
     return jax.lax.platform_dependent(
         factors,
         wanted,
@@ -382,13 +409,13 @@ def _refresh_stack(
 def _in_chunks(
     refresh: Any, factors: jax.Array, wanted: jax.Array, stack: Refreshed, chunk: int
 ) -> Refreshed:
-    """Applies `refresh` to so many of a stack at a time."""
+    """Applies `refresh` to `chunk` matrices of a stack at a time."""
     count = len(factors)
     if count == chunk:
         return refresh(factors, wanted, stack)
 
     def body(i: jax.Array, stack: Refreshed) -> Refreshed:
-        # The last chunk may overlap with what is done already.
+        # The last chunk may overlap with the one before it.
         begin = jnp.minimum(i * chunk, count - chunk)
         part = lambda x: jax.lax.dynamic_slice_in_dim(x, begin, chunk)  # noqa: E731
         new = refresh(part(factors), part(wanted), jax.tree.map(part, stack))
@@ -407,7 +434,8 @@ def _refresh_chunk(
 ) -> Refreshed:
     """Refreshes the eigenbases of a chunk that are wanted and not new already.
 
-    Where there are none, it costs nothing. Those of an overlap are new already.
+    Eigenbases can be new already where chunks overlap. A chunk in which nothing is left
+    to refresh costs nothing.
     """
     left = wanted & ~done.is_new
 
