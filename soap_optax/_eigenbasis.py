@@ -345,7 +345,7 @@ class _Update:
         weight = 1 - beta
         if self.options["basis"] == "previous" and self.options["factors"] == "shampoo":
             return weight
-        return weight / (1 - _power(beta, state.count + 1))
+        return weight / (1 - _power(beta, optax.safe_increment(state.count)))
 
     def _project_and_follow(
         self,

@@ -198,6 +198,44 @@ def test_trees_that_could_be_called():
     assert all(s.mesh == mesh for s in jax.tree.leaves(sharding))
 
 
+def test_an_nnx_parameter_that_is_called_value():
+    """The name of a parameter is not that of the box in which NNX keeps it."""
+
+    class Model(nnx.Module):
+        def __init__(self):
+            self.value = nnx.Param(jnp.asarray(RNG.normal(size=(4, 3))))
+
+    model = Model()
+    optimizer = nnx.Optimizer(model, soap_optax.soap(1e-2), wrt=nnx.Param)
+    before = np.asarray(model.value[...])
+    for _ in range(2):
+        grads = nnx.grad(lambda model: jnp.sum(model.value[...] ** 2))(model)
+        optimizer.update(model, grads)
+    assert np.abs(model.value[...] - before).min() > 1e-4
+    assert list(soap_optax.diagnostics(optimizer.opt_state)) == ["value"]
+
+
+def test_two_parameters_of_one_name():
+    with pytest.raises(ValueError, match=r"got \[0\]\['w'\] and \[0\]\.w"):
+        soap_optax.soap(1e-3).init([_Both(jnp.ones(3), jnp.ones(2))])
+
+
+@jax.tree_util.register_pytree_with_keys_class
+class _Both:
+    """A node whose children have one name, as an attribute and as a key."""
+
+    def __init__(self, key, attribute):
+        self.children = (key, attribute)
+
+    def tree_flatten_with_keys(self):
+        keys = (jax.tree_util.DictKey("w"), jax.tree_util.GetAttrKey("w"))
+        return tuple(zip(keys, self.children, strict=True)), None
+
+    @classmethod
+    def tree_unflatten(cls, _, children):
+        return cls(*children)
+
+
 @pytest.mark.parametrize("after", [6, 8])
 def test_orbax_resumes_bit_for_bit(tmp_path, after):
     """After 6 steps, between refreshes, and after 8."""

@@ -204,3 +204,20 @@ def test_an_injected_bound_of_round_off(rcond):
         expected, plain_state = plain.update(gradient, plain_state, gradient)
     np.testing.assert_allclose(update, expected, rtol=1e-6)
     assert update[0, 0] != 0 and np.isfinite(update).all()
+
+
+@pytest.mark.parametrize("options", [{}, {"basis": "current"}, {"factors": "kl"}])
+def test_the_last_count_of_int32(options):
+    """Counts stay there, and the factors go on."""
+    gradient = normal(0, 4, 3)
+    tx = soap_optax.scale_by_soap(precondition_frequency=10**12, **options)
+    state = tx.init(gradient)
+    for _ in range(2):
+        _, state = tx.update(gradient, state)
+    last = jnp.asarray(jnp.iinfo(jnp.int32).max, jnp.int32)
+    state = state._replace(count=last)
+    for update in (tx.update, jax.jit(tx.update)):
+        steps, after = update(2 * gradient, state)
+        assert np.isfinite(steps).all() and after.count == last
+        moved = np.abs(after.factors[0] - state.factors[0]).max()
+        assert moved > 0.01 * np.abs(state.factors[0]).max()

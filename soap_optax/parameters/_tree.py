@@ -148,14 +148,26 @@ def _dict_keys(paths: Sequence[tuple[Any, ...]]) -> list[tuple[str, ...]]:
     """The names on each path, without the `value` of a box around a parameter.
 
     Flax puts parameters into boxes that hold metadata. NNX passes boxes to `init` and
-    bare arrays to `update`, and both have to give the same names.
+    bare arrays to `update`, and both have to give the same names. The `value` of a box
+    is an attribute, which tells it from a key of a dict.
+
+    Raises:
+      ValueError: naming two parameters whose names are the same.
     """
-    names = [tuple(jax.tree_util.keystr((k,), simple=True) for k in p) for p in paths]
-    siblings = collections.Counter(path[:i] for path in names for i in range(len(path)))
-    return [
-        path[:-1] if path[-1:] == ("value",) and siblings[path[:-1]] == 1 else path
-        for path in names
-    ]
+    box = jax.tree_util.GetAttrKey("value")
+    siblings = collections.Counter(path[:i] for path in paths for i in range(len(path)))
+    found: dict[tuple[str, ...], Any] = {}
+    for path in paths:
+        is_boxed = path[-1:] == (box,) and siblings[path[:-1]] == 1
+        keys = path[:-1] if is_boxed else path
+        names = tuple(jax.tree_util.keystr((key,), simple=True) for key in keys)
+        if names in found:
+            raise ValueError(
+                "parameters must differ in the names on their paths, got "
+                f"{_name(found[names])} and {_name(path)}"
+            )
+        found[names] = path
+    return list(found)
 
 
 def nest(leaves: Sequence[Leaf], values: Sequence[Sequence[Any]]) -> Any:

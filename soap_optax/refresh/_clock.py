@@ -45,6 +45,8 @@ class Clock:
         frequency: Any = self.frequency
         if callable(frequency):
             frequency = frequency(count)
+        if isinstance(frequency, int):  # No count reaches a larger one.
+            frequency = min(frequency, int(jnp.iinfo(count.dtype).max))
         frequency = jnp.maximum(1, jnp.asarray(frequency).astype(count.dtype))
         # The step of count 0 refreshes all slots, and that of count 1 the second slot.
         is_second = self.stagger and slots > 1
