@@ -33,7 +33,7 @@ def test_every_option_is_described(function):
     docstring = soap_optax.soap.__doc__ + documented[function]
     for name in inspect.signature(getattr(soap_optax, function)).parameters:
         assert f"`{name}`" in table, name
-        assert f"\n      {name}: " in docstring, name
+        assert re.search(rf"^ +{name}: ", docstring, re.M), name
 
 
 def test_functions_that_belong_together_have_the_same_options():

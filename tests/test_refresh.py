@@ -155,10 +155,16 @@ def test_chunks_are_as_if_alone(method, tolerance, initial):
     )
     assert alone.is_new[3] and not alone.is_new[1:3].any()
     assert bool(alone.is_new[-1]) == (tolerance is None)
+    # All columns of the power step of the matrix of rank one are parallel. But for the
+    # one of its eigenvalue they become what round-off makes of them.
+    rank_one, largest = 3, int(jnp.argmax(alone.eigenvalues[3]))
+    well_posed = [i for i in range(len(matrices)) if i != rank_one]
     for chunked in others:
         np.testing.assert_array_equal(chunked.is_new, alone.is_new)
         for found, expected in zip(chunked[:2], alone[:2], strict=True):
-            np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5)
+            for part in (well_posed, (rank_one, ..., largest)):
+                same = np.asarray(found)[part], np.asarray(expected)[part]
+                np.testing.assert_allclose(*same, rtol=1e-4, atol=1e-5)
 
 
 def trained_on_text():

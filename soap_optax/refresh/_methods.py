@@ -370,7 +370,7 @@ def _cholesky_or_householder(
     rows: jax.Array, wanted: jax.Array, passes: int
 ) -> _Orthonormal:
     """Takes `_cholesky`, and `_householder` for those of the n entries it fails for."""
-    found = _cholesky(rows, passes)
+    found = _cholesky(rows, wanted, passes)
     failed = wanted & ~is_orthonormal(found[0])
 
     def one(of_matrix: Any) -> _Orthonormal:
@@ -383,15 +383,16 @@ def _cholesky_or_householder(
     return jax.lax.cond(jnp.any(failed), fall_back, lambda found: found, found)
 
 
-def _cholesky(rows: jax.Array, passes: int) -> _Orthonormal:
+def _cholesky(rows: jax.Array, wanted: jax.Array, passes: int) -> _Orthonormal:
     """Orthonormalizes rows by repeated Cholesky-QR, which succeeds nearly always.
 
     With the factorization X X^T = L L^T the rows of L^-1 X are orthonormal, up to
     round-off times the squared condition number of X. While that number is large, a
     multiple of the identity is added to X X^T, so that a factorization exists. Each
     such pass divides the condition number by some hundreds. The pass that makes X
-    orthonormal up to round-off is the last. If `passes` do not suffice, the result is
-    not orthonormal, or not finite. See Fukaya et al., "Shifted Cholesky QR for
+    orthonormal up to round-off is the last, of each matrix by itself, and a matrix that
+    is not wanted has none. If `passes` do not suffice, the result is not orthonormal,
+    or not finite. See Fukaya et al., "Shifted Cholesky QR for
     computing the QR factorization of ill-conditioned matrices", arXiv 1809.11085.
     """
     eps = float(jnp.finfo(rows.dtype).eps)
@@ -402,7 +403,8 @@ def _cholesky(rows: jax.Array, passes: int) -> _Orthonormal:
         return (passed < passes) & jnp.any(distance > 0.5)
 
     def improve(carry: Any) -> Any:
-        rows, sizes, _, passed = carry
+        old_rows, old_sizes, old_distance, passed = carry
+        rows, is_left = old_rows, old_distance > 0.5
         gram = jnp.matmul(rows, _transposed(rows), precision="highest")
         distance = _norm(gram - identity)
         shift = jnp.where(distance > 0.5, 4 * eps * _norm(gram), 0)
@@ -410,12 +412,18 @@ def _cholesky(rows: jax.Array, passes: int) -> _Orthonormal:
         rows = jax.lax.linalg.triangular_solve(
             triangle, rows, left_side=True, lower=True
         )
-        sizes = sizes * jnp.diagonal(triangle, axis1=-2, axis2=-1)
-        return rows, sizes, distance, passed + 1
+        sizes = old_sizes * jnp.diagonal(triangle, axis1=-2, axis2=-1)
+        return (
+            jnp.where(is_left[..., None, None], rows, old_rows),
+            jnp.where(is_left[..., None], sizes, old_sizes),
+            jnp.where(is_left, distance, old_distance),
+            passed + 1,
+        )
 
     sizes = jnp.sqrt(jnp.sum(jnp.square(rows), axis=-1))
     rows = rows / jnp.where(sizes > 0, sizes, 1)[..., None]
-    start = (rows, sizes, jnp.full_like(sizes[..., 0], jnp.inf), 0)
+    distance = jnp.where(wanted, jnp.inf, jnp.zeros_like(sizes[..., 0]))
+    start = (rows, sizes, distance, 0)
     rows, sizes, *_ = jax.lax.while_loop(is_far, improve, start)
     return rows, sizes
 
