@@ -14,6 +14,8 @@ from soap_optax.parameters._layout import DimensionNumbers as DimensionNumbers
 from soap_optax.refresh._methods import QR as QR
 from soap_optax.refresh._methods import CholeskyQR as CholeskyQR
 from soap_optax.refresh._methods import Eigh as Eigh
+from soap_optax.refresh._methods import Refreshed as Refreshed
 from soap_optax.refresh._methods import RefreshMethod as RefreshMethod
+from soap_optax.refresh._methods import RefreshRequest as RefreshRequest
 
 __version__ = "0.1.0"

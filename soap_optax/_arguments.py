@@ -4,7 +4,7 @@ A *rule* is a function of an argument's name and value. If the value breaks the 
 raises a `ValueError` that names the argument, the rule and the value.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -114,7 +114,9 @@ def choice(*choices: Any) -> Rule:
 
     def check_choice(name: str, value: Any) -> None:
         listed = " or ".join(repr(choice) for choice in choices)
-        require(name, value, listed, any(value is c or value == c for c in choices))
+        is_array = isinstance(value, (np.ndarray, jax.Array))
+        holds = not is_array and any(value is c or value == c for c in choices)
+        require(name, value, listed, holds)
 
     return check_choice
 
@@ -141,9 +143,20 @@ def floating_dtype(name: str, value: Any) -> None:
     require(name, value, "None or a floating-point dtype", floating)
 
 
-def tree_of_dimension_numbers(name: str, value: Any) -> None:
-    """A rule for what may hold dimension numbers, before the parameters are known."""
-    static(name, value)
-    is_tree = not isinstance(value, (str, int, float))
-    rule = "dimension numbers, a tree of them, a callable or None"
-    require(name, value, rule, is_tree)
+def names(name: str, value: Any) -> None:
+    """A rule for a sequence of names of fields."""
+    is_sequence = isinstance(value, Sequence) and not isinstance(value, (str, bytes))
+    holds = is_sequence and all(isinstance(entry, str) for entry in value)
+    require(name, value, "a sequence of names", holds)
+
+
+def tree_or_function(kind: str) -> Rule:
+    """A rule for a tree of something, or a function that makes it from parameters."""
+
+    def check_tree(name: str, value: Any) -> None:
+        static(name, value)
+        is_tree = not isinstance(value, (str, int, float))
+        rule = f"{kind}, a tree of them, a callable or None"
+        require(name, value, rule, is_tree)
+
+    return check_tree

@@ -98,7 +98,7 @@ def _diagnose(*of_factor: Any, refreshes: jax.Array, precision: Any) -> Diagnost
     factor, eigenbasis, skipped = (_array(x) for x in of_factor)
     factor, eigenbasis = map(_mesh.with_whole_rows, (factor, eigenbasis))
     condition, off_diagonal = _methods.quality(factor, eigenbasis, precision)
-    method, request = _methods.QR(), _methods.Request(precision=precision)
+    method, request = _methods.QR(), _methods.RefreshRequest(precision=precision)
     refreshed = _stacks.refresh_one(factor, eigenbasis, method, request)
     angles = _methods.angles(eigenbasis, refreshed.eigenbases)
     figures = Diagnostics(

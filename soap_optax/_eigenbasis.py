@@ -24,7 +24,7 @@ from soap_optax.parameters import _tree
 from soap_optax.parameters._tree import Leaf, Plan
 from soap_optax.refresh import _stacks
 from soap_optax.refresh._clock import Clock
-from soap_optax.refresh._methods import Request, method_of
+from soap_optax.refresh._methods import RefreshRequest, method_of
 from soap_optax.refresh._stacks import Bases
 
 _PerLeaf = list[list[Any]]  # For each parameter it has an array or None per axis.
@@ -90,10 +90,10 @@ def in_eigenbasis(
     _arguments.require(
         "inner", inner, "an optax.GradientTransformation", is_transformation
     )
-    words = {"first_moments": first_moments, "coordinatewise": coordinatewise}
-    for name, value in words.items():
-        are_names = not isinstance(value, str)
-        _arguments.require(name, value, "a sequence of names", are_names)
+    _arguments.check(
+        first_moments=(first_moments, _arguments.names),
+        coordinatewise=(coordinatewise, _arguments.names),
+    )
     if options["shampoo_beta"] is None:
         options["shampoo_beta"] = 0.95
     extended = optax.with_extra_args_support(inner)
@@ -141,7 +141,7 @@ def make_transformation(
         transformation = inner.make(plan.leaves, state.eigenvalues)
         inner_state = transformation.init(plan.widened())
         _moments.check_inner_state(inner_state, plan.leaves, inner.words)
-        inner_state = jax.tree.map(_settled, inner_state)
+        inner_state = _settled(transformation, plan.widened(), inner_state)
         return _state.nested(plan, state._replace(inner_state=inner_state))
 
     def update_fn(
@@ -172,9 +172,49 @@ def make_transformation(
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
 
-def _settled(value: Any) -> Any:
-    """Converts an array or a number into an array whose dtype is not a weak type."""
-    return jnp.asarray(value, jnp.result_type(value))
+def _settled(
+    inner: optax.GradientTransformationExtraArgs, params: Any, state: Any
+) -> Any:
+    """The first inner state, in the dtypes that it has after an update.
+
+    Some transformations start with Python numbers, or widen arrays in their first
+    update. Where `inner` cannot be tried, because it needs further arguments, the
+    arrays have the dtypes that they have.
+    """
+    values, treedef = _flatten(state)
+    try:
+        _, after = jax.eval_shape(inner.update, params, state, params)
+        wanted, treedef_after = _flatten(after)
+    except Exception:
+        wanted, treedef_after = values, treedef
+    if treedef_after != treedef:
+        wanted = values  # The first step says what is wrong.
+    pairs = zip(values, wanted, strict=True)
+    return treedef.unflatten(jnp.asarray(x, jnp.result_type(y)) for x, y in pairs)
+
+
+def _flatten(tree: Any) -> tuple[list[Any], Any]:
+    return jax.tree.flatten(tree)
+
+
+def _kept(new: Any, old: Any) -> Any:
+    """The new inner state, in the structure and the dtypes of the old one.
+
+    Raises:
+      ValueError: if the structure differs, or if a dtype does that is not only wider.
+    """
+    rule = "a transformation that keeps the structure and the dtypes of its state"
+    (_, treedef), (_, treedef_before) = _flatten(new), _flatten(old)
+    _arguments.require("inner", treedef, rule, treedef == treedef_before)
+
+    def one(path: Any, new: Any, old: Any) -> jax.Array:
+        name = f"inner state {jax.tree_util.keystr(path)}"
+        kinds = [jnp.issubdtype(jnp.result_type(x), jnp.inexact) for x in (new, old)]
+        fits = kinds[0] == kinds[1] or not kinds[0]
+        _arguments.require(name, jnp.result_type(new), f"{old.dtype}, as before", fits)
+        return jnp.asarray(new, old.dtype)
+
+    return jax.tree_util.tree_map_with_path(one, new, old)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -223,9 +263,7 @@ class _Update:
         updates = plan.treedef.flatten_up_to(inner_updates)
         of_leaf = zip(updates, plan.leaves, state.eigenbases, eigenvalues, strict=True)
         steps = [self._project_back(*entry) for entry in of_leaf]
-        kept = jax.tree.map(
-            lambda new, old: jnp.asarray(new, old.dtype), inner_state, state.inner_state
-        )
+        kept = _kept(inner_state, state.inner_state)
         return steps, state._replace(eigenvalues=eigenvalues, inner_state=kept)
 
     def step_unless_first(
@@ -320,7 +358,7 @@ class _Update:
     ) -> _stacks.Refresh | _spread.SpreadRefresh:
         """Plans the refresh of all parameters, as options and step ask for it."""
         options: Any = self.options
-        request = Request(
+        request = RefreshRequest(
             decompose=state.count == 0 if options["initial_basis"] == "eigh" else None,
             tolerance=options["refresh_tolerance"],
             precision=options["precision"],
@@ -430,7 +468,7 @@ def _compiled_refresh(
 
     Without this, JAX would compile the branches of conditionals anew in each step.
     """
-    return Bases(*refresh.run(bases, begin, end))
+    return refresh.run(bases, begin, end)
 
 
 def _in_place_if(

@@ -341,7 +341,7 @@ def _complaint(
         return (
             f"in_eigenbasis cannot change the basis of {what} which is linear in the "
             "gradient, because it does not have the path and the shape of a parameter; "
-            f"if it may stay as it is, say {stays}"
+            "run this transformation outside of in_eigenbasis"
         )
     changes = (
         f"say first_moments=({entry.names[0]!r},) if it is linear in the gradient, or "

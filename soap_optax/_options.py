@@ -8,7 +8,7 @@ travel together, in one dict with a value for each.
 
 import functools
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import (
     Annotated,
     Any,
@@ -59,7 +59,7 @@ class FamilyOptions(TypedDict, total=False):
         int | None, Option(None, _arguments.optional(_arguments.integer(2)))
     ]
     dimension_numbers: Annotated[
-        Any, Option(None, _arguments.tree_of_dimension_numbers)
+        Any, Option(None, _arguments.tree_or_function("dimension numbers"))
     ]
     factors: Annotated[
         Literal["shampoo", "kl"],
@@ -87,7 +87,9 @@ class FamilyOptions(TypedDict, total=False):
         jax.typing.ArrayLike | None,
         Option(None, _arguments.optional(_arguments.number(0, 1))),
     ]
-    params_sharding: Annotated[Any, Option(None, lambda name, value: None)]
+    params_sharding: Annotated[
+        Any, Option(None, _arguments.tree_or_function("shardings"))
+    ]
 
 
 class EigenbasisOptions(FamilyOptions, total=False):
@@ -101,6 +103,14 @@ class EigenbasisOptions(FamilyOptions, total=False):
         jax.typing.ArrayLike | None,
         Option(None, _arguments.optional(_arguments.positive)),
     ]
+
+
+def _check_together(options: Mapping[str, Any]) -> None:
+    """Checks the rules that hold between options."""
+    if options["stagger"]:
+        # The frequency decides which parameters are refreshed together.
+        frequency = options["precondition_frequency"]
+        _arguments.integer(1)("precondition_frequency", frequency)
 
 
 def takes(
@@ -141,10 +151,7 @@ def takes(
             bound.apply_defaults()
             for name, (_, option) in known.items():
                 option.rule(name, bound.arguments[name])
-            if bound.arguments["stagger"]:
-                # The frequency decides which parameters are refreshed together.
-                frequency = bound.arguments["precondition_frequency"]
-                _arguments.integer(1)("precondition_frequency", frequency)
+            _check_together(bound.arguments)
             return function(*bound.args, **bound.kwargs)
 
         with_every_option.__signature__ = signature  # type: ignore[attr-defined]

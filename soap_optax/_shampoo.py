@@ -64,11 +64,10 @@ def shampoo(
 
     where hats are bias corrections, :math:`p` is `power`, :math:`\epsilon` is `eps`,
     and the other symbols are those of `soap`. The inverse roots are computed at
-    refreshes and kept between them; with `refresh_tolerance`, their eigenvalues follow
-    the gradients at each step. With grafting, :math:`\gamma` gives each block the norm
-    that Adam's update would have. Without grafting it is 1, and with power 1/2 updates
-    grow like the inverse of a shrinking gradient. Adam updates the parameters without
-    factors.
+    refreshes, also at those that `refresh_tolerance` skips, and kept between them. With
+    grafting, :math:`\gamma` gives each block the norm that Adam's update would have.
+    Without grafting it is 1, and with power 1/2 updates grow like the inverse of a
+    shrinking gradient. Adam updates the parameters without factors.
 
     Args:
       learning_rate: see `soap`, which also describes all arguments not listed here.
@@ -176,9 +175,7 @@ def scale_by_shampoo(
         mu_dtype=mu_dtype,
         nesterov=nesterov,
     )
-    # Where the tolerance skips a refresh, no refresh gives new eigenvalues.
-    follows = options["refresh_tolerance"] is not None
-    preconditioner = make_transformation(Inner(roots, follows=follows), all_options)
+    preconditioner = make_transformation(Inner(roots, follows=False), all_options)
     adam = optax.scale_by_adam(b1, b2, adam_eps, eps_root, mu_dtype, nesterov=nesterov)
     return _grafted(preconditioner, adam, grafting, all_options)
 

@@ -58,6 +58,8 @@ from soap_optax import DimensionNumbers
         ("precision", "exact"),
         ("dimension_numbers", "rows"),
         ("dimension_numbers", 3),
+        ("params_sharding", 3),
+        ("merge_dims", np.array([True, False])),
         ("precondition_frequency", np.int64(0)),
     ],
 )
@@ -80,9 +82,10 @@ def test_inner():
 
 
 @pytest.mark.parametrize("name", ["first_moments", "coordinatewise"])
-def test_words(name):
+@pytest.mark.parametrize("value", ["mu", b"mu", 3, None, (1,)])
+def test_words(name, value):
     with pytest.raises(ValueError, match=f"{name} must be a sequence of names"):
-        soap_optax.in_eigenbasis(optax.scale_by_adam(), **{name: "mu"})
+        soap_optax.in_eigenbasis(optax.scale_by_adam(), **{name: value})
 
 
 @pytest.mark.parametrize(

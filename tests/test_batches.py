@@ -10,7 +10,7 @@ import training
 
 import soap_optax
 from soap_optax.refresh import METHODS, _stacks
-from soap_optax.refresh._methods import Request
+from soap_optax.refresh._methods import RefreshRequest
 
 
 @pytest.fixture(autouse=True)
@@ -275,7 +275,7 @@ def test_what_fails_in_a_batch_stays_and_the_others_go_on(name, slots):
     factors = [[matrix, None] for matrix in matrices]
     slots = tuple(map(tuple, slots))
     refresh = _stacks.Refresh(
-        (layout,) * 3, factors, [None] * 3, METHODS[name], Request(), slots
+        (layout,) * 3, factors, [None] * 3, METHODS[name], RefreshRequest(), slots
     )
     new = refresh.run(jax.tree.map(lambda x: x, bases), 0, len(slots))
     assert [int(of_leaf[0][0]) for of_leaf in new.skipped] == [0, 1, 0]

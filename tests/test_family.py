@@ -15,7 +15,7 @@ from test_reference import EPS, assert_same, gradients, run
 import soap_optax
 from soap_optax import _kronecker
 from soap_optax.refresh import _stacks
-from soap_optax.refresh._methods import Request
+from soap_optax.refresh._methods import RefreshRequest
 
 HIGHEST = jax.lax.Precision.HIGHEST
 
@@ -107,8 +107,19 @@ def test_shampoo_with_nesterov_is_that_of_the_mean():
         assert np.allclose(plain, ahead, rtol=1e-9) == is_same
 
 
-def test_shampoo_with_a_tolerance_follows_its_eigenvalues():
-    """Where the identity is an eigenbasis and never refreshed: sign(g) at power 1/2."""
+@pytest.mark.parametrize("frequency", [1, 3])
+def test_shampoo_with_a_tolerance_that_skips_nothing(frequency):
+    grads = gradients(6, 5)
+    options = {"grafting": None, "precondition_frequency": frequency}
+    plain, never = (
+        run(soap_optax.scale_by_shampoo(refresh_tolerance=tolerance, **options), grads)
+        for tolerance in (None, 0.0)
+    )
+    np.testing.assert_allclose(never, plain, rtol=1e-9)
+
+
+def test_shampoo_where_a_tolerance_keeps_the_eigenbasis():
+    """Where the identity is one, refreshes give new eigenvalues for it."""
     gradient = jnp.diag(jnp.array([1.0, 2.0]))
     tx = soap_optax.scale_by_shampoo(
         power=0.25, grafting=None, refresh_tolerance=0.1, precondition_frequency=1
@@ -163,7 +174,7 @@ def test_shampoo_of_power_one_half_is_adafactor_in_its_eigenbasis():
         factors = _kronecker.accumulate(
             factors, [grad] * 2, layout, 1 / (t + 1), HIGHEST
         )
-    eigh, request = soap_optax.Eigh(), Request()
+    eigh, request = soap_optax.Eigh(), RefreshRequest()
     new = [_stacks.refresh_one(f, jnp.eye(len(f)), eigh, request) for f in factors]
     bases = [x.eigenbases for x in new]
     trace = jnp.trace(factors[0])

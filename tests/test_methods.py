@@ -1,5 +1,7 @@
 """The mathematics of refreshes, under strict promotion of dtypes."""
 
+import typing
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,6 +9,7 @@ import pytest
 import training
 from test_kronecker import normal, orthogonal
 
+from soap_optax._options import FamilyOptions
 from soap_optax.refresh import METHODS, _methods
 
 
@@ -121,9 +124,16 @@ def test_the_first_decomposition_is_that_of_the_factor():
     """Also where the eigenbasis is not the identity, as after a count is set back."""
     factor, _, values = spectrum_and_basis(6)
     for method in METHODS.values():
-        request = _methods.Request(decompose=jnp.asarray(True))
+        request = _methods.RefreshRequest(decompose=jnp.asarray(True))
         wanted = jnp.ones(1, bool)
         new = method.refresh(factor[None], orthogonal(6)[None], wanted, request)
         rotated = new.eigenbases[0].T @ factor @ new.eigenbases[0]
         np.testing.assert_allclose(rotated, np.diag(np.diag(rotated)), atol=1e-11)
         np.testing.assert_allclose(np.sort(new.eigenvalues[0]), values, rtol=1e-11)
+
+
+def test_type_checkers_know_every_name():
+    hint = typing.get_type_hints(FamilyOptions)["refresh"]
+    names, method = typing.get_args(hint)
+    assert set(typing.get_args(names)) == set(METHODS)
+    assert method is _methods.RefreshMethod

@@ -1,8 +1,10 @@
 """Refreshes of difficult factors, by every method, in both precisions, batched."""
 
 import ast
+import dataclasses
 import functools
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +15,7 @@ import training
 
 import soap_optax
 from soap_optax.refresh import METHODS, _stacks
-from soap_optax.refresh._methods import Refreshed, Request
+from soap_optax.refresh._methods import Refreshed, RefreshRequest
 
 SIZE = 12
 DTYPES = ["float32", "float64"]
@@ -143,9 +145,10 @@ def test_chunks_are_as_if_alone(method, tolerance, initial):
     if not initial:
         turned = jnp.asarray(orthogonal(2), "float32")
         bases = bases.at[3:-1].set(turned)
-    request = Request(jnp.asarray(initial), tolerance)
+    request = RefreshRequest(jnp.asarray(initial), tolerance)
     values = jnp.zeros(bases.shape[:-1], jnp.float32)
-    start = Refreshed(bases, values, jnp.zeros(len(bases), bool))
+    none = jnp.zeros(len(bases), bool)
+    start = Refreshed(bases, values, is_new=none, is_kept=none)
     run = functools.partial(_stacks._refresh_chunk, METHODS[method], request)
     alone, *others = (
         jax.jit(functools.partial(_stacks._in_chunks, run, chunk=chunk))(
@@ -161,6 +164,7 @@ def test_chunks_are_as_if_alone(method, tolerance, initial):
     well_posed = [i for i in range(len(matrices)) if i != rank_one]
     for chunked in others:
         np.testing.assert_array_equal(chunked.is_new, alone.is_new)
+        np.testing.assert_array_equal(chunked.is_kept, alone.is_kept)
         for found, expected in zip(chunked[:2], alone[:2], strict=True):
             for part in (well_posed, (rank_one, ..., largest)):
                 same = np.asarray(found)[part], np.asarray(expected)[part]
@@ -209,7 +213,7 @@ def test_cholesky_qr_is_qr_on_the_factors_of_a_training_run():
         wide = factor.astype(jnp.float64), basis.astype(jnp.float64)
         wide = wide[0], jnp.linalg.qr(wide[1])[0]
         qr, by_cholesky = (
-            _stacks.refresh_one(*wide, METHODS[name], Request())
+            _stacks.refresh_one(*wide, METHODS[name], RefreshRequest())
             for name in ("qr", "cholesky_qr")
         )
         assert bool(qr.is_new) and bool(by_cholesky.is_new)
@@ -235,12 +239,22 @@ def test_a_method_of_ones_own():
     class Nothing(soap_optax.RefreshMethod):
         def refresh(self, factors, eigenbases, wanted, request):
             values = jnp.zeros(factors.shape[:-1], factors.dtype)
-            return Refreshed(eigenbases, values, jnp.zeros_like(wanted))
+            is_new = jnp.zeros_like(wanted)
+            return soap_optax.Refreshed(eigenbases, values, is_new)
 
     tx = soap_optax.scale_by_soap(refresh=Nothing())
     state = training.trained(tx, {"w": jnp.ones((4, 3))})
     np.testing.assert_array_equal(state.eigenbases["w"][0], jnp.eye(4))
     assert state.skipped["w"][0] == state.refreshes == 1
+
+
+def test_a_method_with_an_array_is_refused():
+    @dataclasses.dataclass(frozen=True)
+    class WithArray(soap_optax.QR):
+        array: Any
+
+    with pytest.raises(ValueError, match="refresh must be hashable"):
+        soap_optax.soap(1e-3, refresh=WithArray(jnp.ones(3)))
 
 
 def test_parameters_of_a_method():

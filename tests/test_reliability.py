@@ -221,3 +221,40 @@ def test_the_last_count_of_int32(options):
         assert np.isfinite(steps).all() and after.count == last
         moved = np.abs(after.factors[0] - state.factors[0]).max()
         assert moved > 0.01 * np.abs(state.factors[0]).max()
+
+
+def test_a_frequency_that_no_count_reaches():
+    params = {"v": jnp.ones((3, 2)), "w": jnp.ones((4, 3))}
+    tx = soap_optax.scale_by_soap(precondition_frequency=2**40, stagger=True)
+    state = tx.init(params)
+    for update in (tx.update, jax.jit(tx.update)):
+        _, state = update(params, state)
+    assert state.refreshes == 2  # at the first step, and the second slot after it
+
+
+def test_an_inner_state_that_starts_with_python_numbers():
+    """It has the dtypes of the first update from the start on."""
+
+    def update(updates, state, params=None):
+        return updates, {"mean": 0.9 * state["mean"] + 0.37}
+
+    inner = optax.GradientTransformation(lambda params: {"mean": 0}, update)
+    tx = soap_optax.in_eigenbasis(inner, basis="current")
+    gradient = normal(0, 4, 3)
+    state = tx.init(gradient)
+    for update_fn in (tx.update, jax.jit(tx.update)):
+        _, state = update_fn(gradient, state)
+    np.testing.assert_allclose(state.inner_state["mean"], 0.37 * 1.9, rtol=1e-6)
+
+
+@pytest.mark.parametrize("jit", [False, True])
+def test_an_inner_state_that_changes_its_structure(jit):
+    def update(updates, state, params=None):
+        return updates, {"more": jnp.zeros(())}
+
+    inner = optax.GradientTransformation(lambda params: {}, update)
+    tx = soap_optax.in_eigenbasis(inner, basis="current")
+    state = tx.init(jnp.ones((4, 3)))
+    message = "^inner must be a transformation that keeps the structure"
+    with pytest.raises(ValueError, match=message):
+        (jax.jit(tx.update) if jit else tx.update)(jnp.ones((4, 3)), state)

@@ -182,6 +182,8 @@ def test_public_names():
         "Eigh",
         "QR",
         "RefreshMethod",
+        "RefreshRequest",
+        "Refreshed",
         "ShampooState",
         "diagnostics",
         "in_eigenbasis",

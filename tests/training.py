@@ -7,7 +7,7 @@ import numpy as np
 from soap_optax._options import complete
 from soap_optax.parameters._layout import make_layout
 from soap_optax.refresh import METHODS, _stacks
-from soap_optax.refresh._methods import Request
+from soap_optax.refresh._methods import RefreshRequest
 
 
 def normal(*shape, seed=0, dtype=np.float32):
@@ -32,7 +32,7 @@ def layout(shape, dimension_numbers=None, **options):
 
 def refresh(factor, basis, eigenvalues, method, precision):
     """The eigenbasis and eigenvalues after a refresh, and whether it failed."""
-    request = Request(precision=precision)
+    request = RefreshRequest(precision=precision)
     new = _stacks.refresh_one(factor, basis, METHODS[method], request)
     values = new.eigenvalues.astype(eigenvalues.dtype)
     return (

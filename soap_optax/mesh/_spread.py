@@ -26,7 +26,7 @@ from soap_optax.mesh import _mesh, _placement
 from soap_optax.parameters._layout import layout_of_factors
 from soap_optax.parameters._tree import Leaf
 from soap_optax.refresh import _stacks
-from soap_optax.refresh._methods import Refreshed, RefreshMethod, Request
+from soap_optax.refresh._methods import Refreshed, RefreshMethod, RefreshRequest
 from soap_optax.refresh._stacks import Bases, Refresh, Unit
 
 # The two numbers of a unit (see `_stacks`), and the number of one of the matrices that
@@ -38,7 +38,7 @@ def make_refresh(
     leaves: Sequence[Leaf],
     factors: Sequence[Any],
     method: RefreshMethod,
-    request: Request,
+    request: RefreshRequest,
     count: int | None,
 ) -> "Refresh | SpreadRefresh":
     """Plans a refresh of all parameters, on their mesh if their shardings are known.
@@ -211,7 +211,7 @@ class SpreadRefresh:
     leaves: tuple[Leaf, ...]
     factors: Sequence[Any]
     method: RefreshMethod
-    request: Request
+    request: RefreshRequest
     aligned: tuple[int, ...]
     slots: tuple[tuple[int, ...], ...]
 
@@ -249,7 +249,7 @@ class SpreadRefresh:
             out_specs=specs,
         )
         due = jnp.asarray(begin), jnp.asarray(end)
-        new = Bases(*refresh(*due, self.request, list(self.factors), local))
+        new = refresh(*due, self.request, list(self.factors), local)
         moments = list(bases.moments)
         for i in self.aligned:
             moments[i] = new.moments[i]
@@ -266,7 +266,7 @@ class SpreadRefresh:
         self,
         begin: jax.Array,
         end: jax.Array,
-        request: Request,
+        request: RefreshRequest,
         factors: list[Any],
         bases: Bases,
     ) -> Bases:
@@ -275,7 +275,6 @@ class SpreadRefresh:
         This is a `Refresh` whose lists have the aligned parameters first and then an
         entry for each exchange, as if its factors were a parameter.
         """
-        bases = Bases(*bases)
         mine = bases.take(self.aligned)
         layouts = [_placement.local_layout(self.leaves[i]) for i in self.aligned]
         all_factors = [factors[i] for i in self.aligned]
@@ -322,7 +321,8 @@ class SpreadRefresh:
         def refreshed(basis: Any, eigenvalues: Any, skipped: Any, before: Any) -> Any:
             if basis is None:
                 return None
-            return Refreshed(basis, eigenvalues, (skipped == before)[..., 0])
+            is_new = (skipped == before)[..., 0]
+            return Refreshed(basis, eigenvalues, is_new, is_kept=~is_new)
 
         def adopt(leaf: Leaf, before: Bases, after: Bases) -> Bases:
             found = map(

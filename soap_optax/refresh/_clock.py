@@ -32,8 +32,7 @@ class Clock:
         """
         if not self.stagger:
             return 0, jnp.where(self.begins(count, slots), slots, 0)
-        frequency: Any = self.frequency  # The options rule out a schedule here.
-        slot = count % frequency
+        slot = count % self._frequency_at(count)
         is_first = count == 0
         return (
             jnp.where(is_first, 0, slot),
@@ -42,13 +41,17 @@ class Clock:
 
     def begins(self, count: jax.Array, slots: int) -> jax.Array:
         """Says whether a refresh of all eigenbases begins in the step `count`."""
+        frequency = self._frequency_at(count)
+        # The step of count 0 refreshes all slots, and that of count 1 the second slot.
+        is_second = self.stagger and slots > 1
+        begin = 1 % frequency if is_second else 0
+        return (count % frequency == begin) | (count == 0)
+
+    def _frequency_at(self, count: jax.Array) -> jax.Array:
+        """The frequency in the step `count`, at least 1, in the dtype of the count."""
         frequency: Any = self.frequency
         if callable(frequency):
             frequency = frequency(count)
         if isinstance(frequency, int):  # No count reaches a larger one.
             frequency = min(frequency, int(jnp.iinfo(count.dtype).max))
-        frequency = jnp.maximum(1, jnp.asarray(frequency).astype(count.dtype))
-        # The step of count 0 refreshes all slots, and that of count 1 the second slot.
-        is_second = self.stagger and slots > 1
-        begin = 1 % frequency if is_second else 0
-        return (count % frequency == begin) | (count == 0)
+        return jnp.maximum(1, jnp.asarray(frequency).astype(count.dtype))

@@ -30,12 +30,16 @@ class Refreshed(NamedTuple):
         old column that it continues.
       eigenvalues: estimates of the eigenvalues, one for each new column, `[..., b]`.
       is_new: whether an eigenbasis is new and sound, `[...]`. Where it is false, the
-        eigenbasis and its eigenvalues may hold anything.
+        eigenbasis may hold anything.
+      is_kept: whether the old eigenbasis is good enough to stay, and the eigenvalues
+        are estimates for it, `[...]`. Where neither holds, the refresh failed, and the
+        eigenvalues may hold anything.
     """
 
     eigenbases: jax.Array
     eigenvalues: jax.Array
     is_new: jax.Array
+    is_kept: Any = False
 
 
 @functools.partial(
@@ -44,7 +48,7 @@ class Refreshed(NamedTuple):
     meta_fields=["precision"],
 )
 @dataclasses.dataclass(frozen=True)
-class Request:
+class RefreshRequest:
     """What a refresh asks of every method.
 
     It is a pytree, because it has to be an operand of functions that see only a part of
@@ -76,7 +80,7 @@ class RefreshMethod(abc.ABC):
         factors: jax.Array,
         eigenbases: jax.Array,
         wanted: jax.Array,
-        request: Request,
+        request: RefreshRequest,
     ) -> Refreshed:
         """Refreshes a batch of eigenbases.
 
@@ -104,7 +108,7 @@ class QR(RefreshMethod):
         factors: jax.Array,
         eigenbases: jax.Array,
         wanted: jax.Array,
-        request: Request,
+        request: RefreshRequest,
     ) -> Refreshed:
         return _by_power_step(_householder, factors, eigenbases, wanted, request)
 
@@ -129,7 +133,7 @@ class CholeskyQR(RefreshMethod):
         factors: jax.Array,
         eigenbases: jax.Array,
         wanted: jax.Array,
-        request: Request,
+        request: RefreshRequest,
     ) -> Refreshed:
         def orthonormalize(rows: jax.Array, to_do: jax.Array) -> _Orthonormal:
             return _cholesky_or_householder(rows, to_do, self.passes)
@@ -146,7 +150,7 @@ class Eigh(RefreshMethod):
         factors: jax.Array,
         eigenbases: jax.Array,
         wanted: jax.Array,
-        request: Request,
+        request: RefreshRequest,
     ) -> Refreshed:
         request = dataclasses.replace(request, decompose=True)
         return _by_power_step(_householder, factors, eigenbases, wanted, request)
@@ -163,8 +167,14 @@ def rule(name: str, value: Any) -> None:
     """A rule for arguments (see `_arguments`): a `RefreshMethod` or the name of one."""
     names = [*METHODS]
     listed = f"{' or '.join(map(repr, names))} or a soap_optax.RefreshMethod"
-    holds = isinstance(value, RefreshMethod) or value in names
-    _arguments.require(name, value, listed, holds)
+    is_method = isinstance(value, RefreshMethod)
+    is_name = isinstance(value, str) and value in names
+    _arguments.require(name, value, listed, is_method or is_name)
+    try:
+        hash(value)
+    except TypeError:
+        rule_of_hash = "hashable, like a frozen dataclass without arrays"
+        _arguments.require(name, value, rule_of_hash, False)
 
 
 def method_of(value: str | RefreshMethod) -> RefreshMethod:
@@ -268,7 +278,7 @@ def _by_power_step(
     factors: jax.Array,
     eigenbases: jax.Array,
     wanted: jax.Array,
-    request: Request,
+    request: RefreshRequest,
 ) -> Refreshed:
     """Takes a power step and makes its rows orthonormal, or decomposes the factors.
 
@@ -277,22 +287,25 @@ def _by_power_step(
     decomposition for both cases.
     """
     step = power_step(factors, eigenbases, request.precision)
+    quotients = step.quotients * step.largest
+    to_do = wanted
+    if request.tolerance is not None:
+        # A comparison with NaN is false: such an eigenbasis is to do, and fails.
+        to_do = wanted & ~(step.off_diagonal <= request.tolerance)
+    is_kept = wanted & ~to_do
 
-    def finish(to_do: jax.Array) -> Refreshed:
+    def finish() -> Refreshed:
         rows, sizes = _ranked(step, factors, to_do, request.decompose, orthonormalize)
         is_new = to_do & is_orthonormal(rows)
-        return Refreshed(_transposed(rows), sizes * step.largest, is_new)
+        values = jnp.where(to_do[..., None], sizes * step.largest, quotients)
+        return Refreshed(_transposed(rows), values, is_new, is_kept)
+
+    def keep() -> Refreshed:
+        return Refreshed(at_least_float32(eigenbases), quotients, to_do, is_kept)
 
     if request.tolerance is None:
-        return finish(wanted)
-    # Where the off-diagonal part is NaN, a refresh is tried, and it fails.
-    to_do = wanted & ~(step.off_diagonal <= request.tolerance)
-
-    def keep(to_do: jax.Array) -> Refreshed:
-        kept = at_least_float32(eigenbases)
-        return Refreshed(kept, jnp.zeros_like(step.quotients), to_do)
-
-    return jax.lax.cond(jnp.any(to_do), finish, keep, to_do)
+        return finish()
+    return jax.lax.cond(jnp.any(to_do), finish, keep)
 
 
 def _ranked(

@@ -32,7 +32,7 @@ from soap_optax import _kronecker
 from soap_optax._dtypes import at_least_float32
 from soap_optax.mesh import _mesh
 from soap_optax.parameters._layout import Layout
-from soap_optax.refresh._methods import Refreshed, RefreshMethod, Request
+from soap_optax.refresh._methods import Refreshed, RefreshMethod, RefreshRequest
 
 # A refresh that is not staggered has at most `_SLOTS` slots, with factors of on average
 # at least `_SLOT_BYTES` bytes. More slots need less memory, because only the stacks of
@@ -182,7 +182,7 @@ class Refresh:
     factors: Sequence[Any]
     wanted: Sequence[jax.Array | None]
     method: RefreshMethod
-    request: Request
+    request: RefreshRequest
     slots: tuple[tuple[int, ...], ...]
 
     def run(self, bases: Bases, begin: Any, end: Any) -> Bases:
@@ -201,7 +201,8 @@ class Refresh:
             for stack in _switch(slot, gather, bases.eigenbases)
         ]
         # Each slot has a conditional of its own that takes nothing of the other slots,
-        # because XLA would copy what it takes.
+        # because XLA would copy what it takes (no public issue is known; the test of
+        # what a step copies in tests/test_batches.py shows it).
         for k, members in enumerate(self.slots):
             adopt = functools.partial(self._adopt, k)
             branches = [adopt] if len(self.slots) == 1 else [_keep, adopt]
@@ -277,11 +278,16 @@ def _keep(bases: Bases, _: list[Refreshed]) -> Bases:
 
 
 def refresh_one(
-    factor: jax.Array, eigenbasis: jax.Array, method: RefreshMethod, request: Request
+    factor: jax.Array,
+    eigenbasis: jax.Array,
+    method: RefreshMethod,
+    request: RefreshRequest,
 ) -> Refreshed:
     """Refreshes the eigenbasis of one factor `[grid…, b, b]` and keeps its sharding."""
 
-    def run(factor: jax.Array, eigenbasis: jax.Array, request: Request) -> Refreshed:
+    def run(
+        factor: jax.Array, eigenbasis: jax.Array, request: RefreshRequest
+    ) -> Refreshed:
         def in_stack(to_stack: Any, factor: Any, eigenbasis: Any) -> Refreshed:
             factors, bases = to_stack(factor), to_stack(eigenbasis)
             wanted = jnp.ones_like(factors[..., 0, 0], bool)
@@ -299,7 +305,7 @@ def refresh_one(
         )
 
     grid = range(factor.ndim - 2)
-    dims = ([*grid, None, None], [*grid, None], grid)
+    dims = ([*grid, None, None], [*grid, None], grid, grid)
     shardings = [_mesh.explicit_sharding(factor, d) for d in dims]
     if shardings[0] is not None:
         run = _mesh.in_automatic_mode(run, Refreshed(*shardings))  # type: ignore[arg-type]
@@ -324,7 +330,7 @@ def _flat(array: jax.Array) -> jax.Array:
 
 def _in_grid(stack: Sequence[jax.Array], shape: tuple[int, ...]) -> Refreshed:
     """Reshapes the results of n matrices for a factor of shape `[grid…, b, b]`."""
-    shapes = (shape, shape[:-1], shape[:-2])
+    shapes = (shape, shape[:-1], shape[:-2], shape[:-2])
     return Refreshed(*(x.reshape(s) for x, s in zip(stack, shapes, strict=True)))
 
 
@@ -362,16 +368,17 @@ def _adopted(
     new: Any, is_new: Any, eigenbasis: Any, eigenvalues: Any, skipped: Any
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     values = new.eigenvalues.astype(eigenvalues.dtype)
+    has_values = is_new | new.is_kept
     return (
         jnp.where(is_new[..., None, None], new.eigenbases, eigenbasis),
-        jnp.where(is_new[..., None], values, eigenvalues),
+        jnp.where(has_values[..., None], values, eigenvalues),
         skipped + (~is_new[..., None]).astype(skipped.dtype),
     )
 
 
 def _refresh_stack(
     method: RefreshMethod,
-    request: Request,
+    request: RefreshRequest,
     factors: jax.Array,
     eigenbases: jax.Array,
     wanted: jax.Array,
@@ -388,7 +395,8 @@ def _refresh_stack(
     zeros = jnp.zeros_like(at_least_float32(eigenbases[..., 0, :]))
     matrix = factors[0].size * zeros.dtype.itemsize
     chunk = max(1, min(int(_CHUNK_SHARE * len(factors)), _CHUNK_BYTES // matrix))
-    old = Refreshed(eigenbases, zeros, is_new=jnp.zeros_like(zeros[..., 0], bool))
+    none = jnp.zeros_like(zeros[..., 0], bool)
+    old = Refreshed(eigenbases, zeros, is_new=none, is_kept=none)
     refresh = functools.partial(_refresh_chunk, method, request)
     run = functools.partial(_in_chunks, refresh)
     if chunk == 1:
@@ -427,7 +435,7 @@ def _in_chunks(
 
 def _refresh_chunk(
     method: RefreshMethod,
-    request: Request,
+    request: RefreshRequest,
     factors: jax.Array,
     wanted: jax.Array,
     done: Refreshed,
@@ -437,16 +445,17 @@ def _refresh_chunk(
     Eigenbases can be new already where chunks overlap. A chunk in which nothing is left
     to refresh costs nothing.
     """
-    left = wanted & ~done.is_new
+    left = wanted & ~done.is_new & ~done.is_kept
 
     def refresh(done: Refreshed) -> Refreshed:
         new = method.refresh(factors, done.eigenbases, left, request)
         bases = new.eigenbases.astype(done.eigenbases.dtype)
-        is_new = new.is_new
+        has_values = new.is_new | new.is_kept
         return Refreshed(
-            jnp.where(is_new[..., None, None], bases, done.eigenbases),
-            jnp.where(is_new[..., None], new.eigenvalues, done.eigenvalues),
-            is_new | done.is_new,
+            jnp.where(new.is_new[..., None, None], bases, done.eigenbases),
+            jnp.where(has_values[..., None], new.eigenvalues, done.eigenvalues),
+            new.is_new | done.is_new,
+            new.is_kept | done.is_kept,
         )
 
     return jax.lax.cond(jnp.any(left), refresh, lambda done: done, done)
