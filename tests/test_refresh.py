@@ -158,15 +158,18 @@ def test_chunks_are_as_if_alone(method, tolerance, initial):
     )
     assert alone.is_new[3] and not alone.is_new[1:3].any()
     assert bool(alone.is_new[-1]) == (tolerance is None)
-    # All columns of the power step of the matrix of rank one are parallel. But for the
-    # one of its eigenvalue they become what round-off makes of them.
-    rank_one, largest = 3, int(jnp.argmax(alone.eigenvalues[3]))
-    well_posed = [i for i in range(len(matrices)) if i != rank_one]
+    # All columns of the power step of a matrix of rank one are parallel, and those of an
+    # ill-conditioned one nearly so. But for that of the largest eigenvalue they become
+    # what round-off makes of them.
+    names = [*SPECTRA, "diagonal"]
+    ill_posed = [names.index("rank one"), names.index("ill-conditioned")]
+    well_posed = [i for i in range(len(matrices)) if i not in ill_posed]
+    largest = {i: int(jnp.argmax(alone.eigenvalues[i])) for i in ill_posed}
     for chunked in others:
         np.testing.assert_array_equal(chunked.is_new, alone.is_new)
         np.testing.assert_array_equal(chunked.is_kept, alone.is_kept)
         for found, expected in zip(chunked[:2], alone[:2], strict=True):
-            for part in (well_posed, (rank_one, ..., largest)):
+            for part in (well_posed, *((i, ..., k) for i, k in largest.items())):
                 same = np.asarray(found)[part], np.asarray(expected)[part]
                 np.testing.assert_allclose(*same, rtol=1e-4, atol=1e-5)
 
