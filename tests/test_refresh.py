@@ -158,8 +158,8 @@ def test_chunks_are_as_if_alone(method, tolerance, initial):
     )
     assert alone.is_new[3] and not alone.is_new[1:3].any()
     assert bool(alone.is_new[-1]) == (tolerance is None)
-    # All columns of the power step of a matrix of rank one are parallel, and those of an
-    # ill-conditioned one nearly so. But for that of the largest eigenvalue they become
+    # All columns of the power step of a matrix of rank one are parallel, and of an
+    # ill-conditioned one nearly so. But for that of the largest eigenvalue, they become
     # what round-off makes of them.
     names = [*SPECTRA, "diagonal"]
     ill_posed = [names.index("rank one"), names.index("ill-conditioned")]
