@@ -27,6 +27,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from soap_optax import _kronecker
 from soap_optax._dtypes import at_least_float32
@@ -127,7 +128,11 @@ class Stack:
     @property
     def height(self) -> int:
         """The number of matrices in the slot that has the most."""
-        return max(self._count(units) for units in self.units)
+        return max(sum(self.counts(slot)) for slot in range(len(self.units)))
+
+    def counts(self, slot: int) -> list[int]:
+        """The number of matrices of each unit in a slot."""
+        return [math.prod(self.shapes[unit][:-2]) for unit in self.units[slot]]
 
     def gather(self, slot: int, array_of: Callable[[Unit], jax.Array]) -> jax.Array:
         """Stacks the arrays of a slot, filled up with zeros to `[height, …]`.
@@ -138,23 +143,19 @@ class Stack:
         """
         first = next(itertools.chain(*self.units))
         like = array_of(first)  # In a shard_map zeros have to vary as the arrays do.
-        missing = self.height - self._count(self.units[slot])
+        missing = self.height - sum(self.counts(slot))
         zeros = jnp.zeros_like(like, shape=(missing, *like.shape[1:]))
         return jnp.concatenate([*map(array_of, self.units[slot]), zeros])
 
     def scatter(self, slot: int, refreshed: Refreshed) -> dict[Unit, Refreshed]:
         """Cuts the results `[height, …]` of a slot into the results of its units."""
-        counts = [math.prod(self.shapes[unit][:-2]) for unit in self.units[slot]]
-        ends = list(itertools.accumulate(counts, initial=0))
+        ends = list(itertools.accumulate(self.counts(slot), initial=0))
         return {
             unit: _in_grid([x[begin:end] for x in refreshed], self.shapes[unit])
             for unit, (begin, end) in zip(
                 self.units[slot], itertools.pairwise(ends), strict=True
             )
         }
-
-    def _count(self, units: Sequence[Unit]) -> int:
-        return sum(math.prod(self.shapes[unit][:-2]) for unit in units)
 
 
 @functools.partial(
@@ -238,20 +239,13 @@ class Refresh:
         def eigenbases_of(unit: Unit) -> jax.Array:
             return _flat(eigenbases[unit[0]][unit[1]])
 
-        def wanted_of(unit: Unit) -> jax.Array:
-            given = self.wanted[unit[0]]
-            if given is None:
-                return jnp.ones_like(factors_of(unit)[:, 0, 0], bool)
-            return given
+        def stacked(stack: Stack) -> tuple[jax.Array, jax.Array, jax.Array]:
+            factors = stack.gather(slot, factors_of)
+            given = [self.wanted[i] for i, _ in stack.units[slot]]
+            wanted = _wanted(factors, stack.counts(slot), given)
+            return factors, stack.gather(slot, eigenbases_of), wanted
 
-        return [
-            (
-                stack.gather(slot, factors_of),
-                stack.gather(slot, eigenbases_of),
-                stack.gather(slot, wanted_of),
-            )
-            for stack in self._stacks
-        ]
+        return [stacked(stack) for stack in self._stacks]
 
     def _adopt(self, slot: int, mine: Bases, stacks: list[Refreshed]) -> Bases:
         """Puts the results in the stacks of a slot into the bases of its parameters."""
@@ -271,6 +265,25 @@ class Refresh:
             found = [one((i, axis), *pair) for axis, pair in enumerate(pairs)]
             adopted.append(adopt(found, self.layouts[i], old, self.request.precision))
         return Bases(*map(list, zip(*adopted, strict=True)))
+
+
+def _wanted(
+    stack: jax.Array, counts: Sequence[int], given: Sequence[jax.Array | None]
+) -> jax.Array:
+    """Which matrices in a stack `[height, b, b]` are wanted, `[height]`.
+
+    Args:
+      stack: a stack, of which the matrices after those of all units fill up the height.
+      counts: numbers of the matrices of its units.
+      given: for each unit which of its matrices are wanted, or None: all.
+    """
+    filled = np.arange(len(stack)) < sum(counts)
+    wanted = jnp.zeros_like(stack, shape=filled.shape, dtype=bool) | filled
+    begins = itertools.accumulate(counts, initial=0)
+    for begin, some in zip(begins, given, strict=False):
+        if some is not None:
+            wanted = jax.lax.dynamic_update_slice_in_dim(wanted, some, begin, axis=0)
+    return wanted
 
 
 def _keep(bases: Bases, _: list[Refreshed]) -> Bases:
