@@ -31,7 +31,11 @@ class ShampooState(NamedTuple):
     adam: optax.OptState
 
 
-@takes(FamilyOptions, refresh="eigh")
+# Both functions have the same options, with the same defaults.
+_takes_options = takes(FamilyOptions, refresh="eigh")
+
+
+@_takes_options
 def shampoo(
     learning_rate: optax.ScalarOrSchedule,
     b1: jax.typing.ArrayLike = 0.95,
@@ -129,7 +133,7 @@ def shampoo(
     return optimizer(transformation, learning_rate, weight_decay, mask)
 
 
-@takes(FamilyOptions, refresh="eigh")
+@_takes_options
 def scale_by_shampoo(
     b1: jax.typing.ArrayLike = 0.95,
     b2: jax.typing.ArrayLike = 0.95,

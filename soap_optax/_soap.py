@@ -12,8 +12,11 @@ from soap_optax._eigenbasis import Inner, make_transformation
 from soap_optax._factorized import scale_by_factorized_adam
 from soap_optax._options import EigenbasisOptions, takes
 
+# Both functions have the same options, with the same defaults.
+_takes_options = takes(EigenbasisOptions, clip_update_rms=10.0)
 
-@takes(EigenbasisOptions, clip_update_rms=10.0)
+
+@_takes_options
 def soap(
     learning_rate: optax.ScalarOrSchedule,
     b1: jax.typing.ArrayLike = 0.95,
@@ -202,7 +205,7 @@ _RATE = _arguments.or_schedule(_arguments.number(-float("inf")))
 _DECAY = _arguments.or_schedule(_arguments.number(0))
 
 
-@takes(EigenbasisOptions, clip_update_rms=10.0)
+@_takes_options
 def scale_by_soap(
     b1: jax.typing.ArrayLike = 0.95,
     b2: jax.typing.ArrayLike = 0.95,
