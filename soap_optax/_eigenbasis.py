@@ -27,6 +27,11 @@ from soap_optax.refresh._clock import Clock
 from soap_optax.refresh._methods import RefreshRequest, method_of
 from soap_optax.refresh._stacks import Bases
 
+# Refreshes before this step leave second moments as they are, as published. All of them
+# come from three gradients or fewer there, so none is young among old ones, and
+# `clip_update_rms` bounds what they do.
+_FIRST_RAISE = 4
+
 _PerLeaf = list[list[Any]]  # For each parameter it has an array or None per axis.
 
 
@@ -36,6 +41,7 @@ def in_eigenbasis(
     *,
     first_moments: Sequence[str] = (),
     coordinatewise: Sequence[str] = (),
+    second_moments: Sequence[str] = (),
     **options: Unpack[EigenbasisOptions],
 ) -> optax.GradientTransformationExtraArgs:
     """Runs `inner` in the eigenbasis of Shampoo's factors.
@@ -60,6 +66,12 @@ def in_eigenbasis(
         gradient. They come before what the library knows of optax's states.
       coordinatewise: names of the fields of the inner state that belong to
         coordinates. They come before what the library knows of optax's states.
+      second_moments: names of the fields of the inner state that belong to coordinates,
+        and are means of the squares of what the first moments in the same state are
+        means of. A refresh raises such an entry where a first moment comes into a
+        coordinate that has as good as no second moment, because its row rarely has a
+        gradient; otherwise an update like Adam's would have no bound there. SOAP itself
+        says `("nu",)`.
       **options: see `soap_optax.soap`. Here `shampoo_beta=None` means 0.95. The default
         of `clip_update_rms` is None, because the scale of the inner updates is not
         known.
@@ -93,6 +105,7 @@ def in_eigenbasis(
     _arguments.check(
         first_moments=(first_moments, _arguments.names),
         coordinatewise=(coordinatewise, _arguments.names),
+        second_moments=(second_moments, _arguments.names),
     )
     if options["shampoo_beta"] is None:
         options["shampoo_beta"] = 0.95
@@ -100,7 +113,7 @@ def in_eigenbasis(
     return make_transformation(
         Inner(
             lambda leaves, eigenvalues: extended,
-            Words(tuple(first_moments), tuple(coordinatewise)),
+            Words(tuple(first_moments), tuple(coordinatewise), tuple(second_moments)),
         ),
         options,
     )
@@ -325,7 +338,7 @@ class _Update:
         The arrays `steps` are handed through; see `_in_place_if`.
         """
         options = self.options
-        moments, with_moments = _moments.split_first_moments(
+        moments, with_moments = _moments.split_moments(
             state.inner_state, self.plan.leaves, self.inner.words
         )
         bases = Bases(state.eigenbases, state.eigenvalues, state.skipped, moments)
@@ -365,8 +378,9 @@ class _Update:
         )
         count = options["precondition_frequency"] if options["stagger"] else None
         method = method_of(options["refresh"])
+        raises = state.count >= _FIRST_RAISE
         return _spread.make_refresh(
-            self.plan.leaves, state.factors, method, request, count
+            self.plan.leaves, state.factors, method, request, raises, count
         )
 
     def _of_arrays(self) -> list[tuple[Leaf, jax.Array]]:

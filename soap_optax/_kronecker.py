@@ -29,9 +29,10 @@ The package `refresh` finds new eigenbases. See "SOAP: Improving and Stabilizing
 using Adam", https://arxiv.org/abs/2409.11321, Algorithms 3 and 4.
 """
 
+import functools
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -42,6 +43,9 @@ from soap_optax.parameters._layout import Layout
 
 PerAxis = Sequence[jax.Array | None]
 
+# A refresh leaves no larger ratio of a first moment to the root of its second moment,
+# unless there was a larger one before. See `_raised`.
+_LARGEST_RATIO = 1.5
 # KL-SOAP raises eigenvalues to this share of their mean before it inverts them.
 _KL_FLOOR = 1e-3
 
@@ -195,40 +199,104 @@ def project_back(
     return _multiply(array, eigenbases, layout, precision, back=True)
 
 
+class Moments(NamedTuple):
+    """The moments of a parameter in one state of the inner transformation.
+
+    Attributes:
+      first: arrays that are linear in the gradient, such as its mean.
+      second: means of the squares of what the first moments are means of. There may be
+        none, or more than one.
+    """
+
+    first: list[Any]
+    second: list[Any]
+
+
 def change_basis(
-    arrays: Sequence[jax.Array],
+    moments: Sequence[Moments],
     old: PerAxis,
     new: PerAxis,
     is_new: PerAxis,
+    raises: jax.typing.ArrayLike,
     layout: Layout,
     precision: Any,
-) -> tuple[list[jax.Array], list[jax.Array | None]]:
-    """Turns `arrays` of coordinates in the eigenbases `old` to the eigenbases `new`.
+) -> tuple[list[Moments], list[jax.Array | None]]:
+    """Turns first moments from the eigenbases `old` to the eigenbases `new`.
 
-    Blocks for which `is_new`, `[grid…]`, is false keep their coordinates exactly.
+    Second moments stay in their coordinates. If `raises`, they are raised where a first
+    moment has come into a coordinate that knows nothing of it (see `_raised`). Blocks
+    for which `is_new`, `[grid…]`, is false keep their coordinates exactly.
 
     Returns:
-      The new coordinates, and `is_new` with false where a block would not stay finite.
-      Such a block keeps its coordinates along all axes.
+      The new moments, and `is_new` with false where a block would not stay finite. Such
+      a block keeps its moments and its coordinates along all axes.
     """
-    turned, is_finite = list(arrays), None
+    turned, is_finite = list(moments), None
     for i, (q, other, take) in enumerate(zip(old, new, is_new, strict=True)):
         if q is None or other is None or take is None:
             continue
-        for k, array in enumerate(turned):
-            parameter = project_back(array, _alone(q, i, layout), layout, precision)
-            moved = project(parameter, _alone(other, i, layout), layout, precision)
-            turned[k] = _where_blocks(take, moved, array, layout)
-    for before, after in zip(arrays, turned, strict=True):
+        bases = _alone(q, i, layout), _alone(other, i, layout)
+        choose = functools.partial(_where_blocks, take, layout=layout)
+        for k, (first, second) in enumerate(turned):
+            moved = [_turned(array, *bases, layout, precision) for array in first]
+            raised = list(second)
+            for before, after in zip(first, moved, strict=True):
+                raised = [
+                    jnp.where(raises, _raised(square, before, after, i, layout), square)
+                    for square in raised
+                ]
+            turned[k] = Moments(
+                [choose(*pair) for pair in zip(moved, first, strict=True)],
+                [choose(*pair) for pair in zip(raised, second, strict=True)],
+            )
+    pairs = list(zip(jax.tree.leaves(moments), jax.tree.leaves(turned), strict=True))
+    for before, after in pairs:
         is_fine = _is_finite(after, layout) | ~_is_finite(before, layout)
         is_finite = is_fine if is_finite is None else is_finite & is_fine
     if is_finite is None:
         return turned, list(is_new)
-    turned = [
-        _where_blocks(is_finite, after, before, layout)
-        for before, after in zip(arrays, turned, strict=True)
-    ]
+    kept = [_where_blocks(is_finite, after, before, layout) for before, after in pairs]
+    turned = jax.tree.unflatten(jax.tree.structure(turned), kept)
     return turned, [None if take is None else take & is_finite for take in is_new]
+
+
+def _turned(
+    array: jax.Array, old: PerAxis, new: PerAxis, layout: Layout, precision: Any
+) -> jax.Array:
+    return project(project_back(array, old, layout, precision), new, layout, precision)
+
+
+def _raised(
+    square: jax.Array, before: jax.Array, after: jax.Array, index: int, layout: Layout
+) -> jax.Array:
+    """Raises second moments that are too small for turned first moments.
+
+    To turn an axis mixes the entries that differ in this axis alone. Without a turn,
+    the ratio of a mean to the root of the mean of the squares hardly exceeds that of a
+    steady gradient, which is 1. A turn can bring a mean into a coordinate whose second
+    moment has seen as good as nothing, because rows rarely have a gradient, and the
+    ratio has no bound. Where it exceeds `_LARGEST_RATIO` and each ratio that was mixed,
+    the second moment becomes so large that the ratio is the largest of these.
+
+    Args:
+      square: second moments.
+      before: first moments before axis `index` is turned.
+      after: first moments after it.
+      index: the index of the axis in the layout.
+      layout: layout of the parameter.
+    """
+    values, old, new = map(
+        layout.to_blocks, map(at_least_float32, (square, before, after))
+    )
+    root = jnp.sqrt(values)
+    ratios = jnp.where(root > 0, jnp.abs(old) / jnp.where(root > 0, root, 1), 0)
+    largest = jnp.max(ratios, layout.axes[index], keepdims=True)
+    is_known = largest > 0
+    needed = jnp.square(new / jnp.where(is_known, largest, 1))
+    limit = jnp.maximum(_LARGEST_RATIO, largest)
+    is_small = is_known & (jnp.abs(new) > limit * root)
+    raised = layout.from_blocks(jnp.where(is_small, needed, values), square)
+    return raised.astype(square.dtype)
 
 
 def follow(

@@ -10,6 +10,7 @@ import optax
 from soap_optax import _arguments
 from soap_optax._eigenbasis import Inner, make_transformation
 from soap_optax._factorized import scale_by_factorized_adam
+from soap_optax._moments import Words
 from soap_optax._options import EigenbasisOptions, takes
 
 # Both functions have the same options, with the same defaults.
@@ -247,7 +248,9 @@ def scale_by_soap(
         mu_dtype=mu_dtype,
         nesterov=nesterov,
     )
-    return make_transformation(Inner(make), options)
+    # Second moments of rank one bound each row by themselves.
+    words = Words() if factorized else Words(second_moments=("nu",))
+    return make_transformation(Inner(make, words), options)
 
 
 def check_adam(

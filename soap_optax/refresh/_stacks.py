@@ -56,7 +56,8 @@ class Bases(NamedTuple):
       eigenvalues: each entry has an array `[grid…, b]`, or None, for each axis.
       skipped: each entry has an array `[grid…, 1]`, or None, for each axis; see
         `EigenbasisState`.
-      moments: each entry has the first moments of the parameter.
+      moments: each entry has a list of `Moments`, one for each state that has first
+        moments of the parameter.
     """
 
     eigenbases: list[Any]
@@ -160,7 +161,7 @@ class Stack:
 
 @functools.partial(
     jax.tree_util.register_dataclass,
-    data_fields=["factors", "wanted", "request"],
+    data_fields=["factors", "wanted", "request", "raises"],
     meta_fields=["layouts", "method", "slots"],
 )
 @dataclasses.dataclass(frozen=True)
@@ -176,6 +177,7 @@ class Refresh:
         if all are.
       method: method by which eigenbases are refreshed.
       request: what is asked of the method.
+      raises: whether second moments may be raised; see `_kronecker.change_basis`.
       slots: for each slot, the numbers of its parameters; see `make_slots`.
     """
 
@@ -184,6 +186,7 @@ class Refresh:
     wanted: Sequence[jax.Array | None]
     method: RefreshMethod
     request: RefreshRequest
+    raises: jax.typing.ArrayLike
     slots: tuple[tuple[int, ...], ...]
 
     def run(self, bases: Bases, begin: Any, end: Any) -> Bases:
@@ -263,7 +266,8 @@ class Refresh:
             old = Bases(*of_leaf)
             pairs = zip(self.factors[i], old.eigenbases, strict=True)
             found = [one((i, axis), *pair) for axis, pair in enumerate(pairs)]
-            adopted.append(adopt(found, self.layouts[i], old, self.request.precision))
+            precision = self.request.precision
+            adopted.append(adopt(found, self.layouts[i], old, self.raises, precision))
         return Bases(*map(list, zip(*adopted, strict=True)))
 
 
@@ -348,7 +352,11 @@ def _in_grid(stack: Sequence[jax.Array], shape: tuple[int, ...]) -> Refreshed:
 
 
 def adopt(
-    new: Sequence[Refreshed | None], layout: Layout, old: Bases, precision: Any
+    new: Sequence[Refreshed | None],
+    layout: Layout,
+    old: Bases,
+    raises: jax.typing.ArrayLike,
+    precision: Any,
 ) -> Bases:
     """Replaces the eigenbases of one parameter by the new ones, where these are new.
 
@@ -356,6 +364,7 @@ def adopt(
       new: results of a refresh for each axis, or None for an axis without a factor.
       layout: layout of the parameter.
       old: bases of the parameter, that is, its entry in each list of `Bases`.
+      raises: whether second moments may be raised; see `_kronecker.change_basis`.
       precision: precision of the matrix products that change first moments.
 
     Returns:
@@ -366,6 +375,7 @@ def adopt(
         old.eigenbases,
         [None if n is None else n.eigenbases for n in new],
         [None if n is None else n.is_new for n in new],
+        raises,
         layout,
         precision,
     )
