@@ -265,7 +265,11 @@ class _Update:
             plan.arrays, plan.leaves, state.eigenbases, state.eigenvalues, strict=True
         )
         weight = self._weight(state)
-        measured = [self._project_and_follow(*entry, weight) for entry in of_leaf]
+        first = 1 if self.options["basis"] == "previous" else 0
+        is_first = state.count == first
+        measured = [
+            self._project_and_follow(*entry, weight, is_first) for entry in of_leaf
+        ]
         eigenvalues = [values for _, values in measured]
         inner_updates, inner_state = self.inner.make(plan.leaves, eigenvalues).update(
             plan.treedef.unflatten(projected for projected, _ in measured),
@@ -406,14 +410,21 @@ class _Update:
         eigenbases: Any,
         eigenvalues: Any,
         weight: jax.typing.ArrayLike,
+        is_first: jax.typing.ArrayLike,
     ) -> tuple[jax.Array, list[Any]]:
-        """The coordinates of a gradient, and the eigenvalues, which follow it."""
+        """The coordinates of a gradient, and the eigenvalues, which follow it.
+
+        In the first step of the inner transformation, the eigenbases come from a single
+        gradient, which may be this one, or one like it.
+        """
         coordinates, energies = _kronecker.project_and_measure(
             _placement.for_blocks(array.astype(leaf.dtype), leaf),
             eigenbases,
             leaf.layout,
             self.options["precision"],
         )
+        resolved = _kronecker.without_round_off(coordinates, energies, leaf.layout)
+        coordinates = jnp.where(is_first, resolved, coordinates)
         if self.options["factors"] == "kl":
             energies = _kronecker.whitened_energies(
                 coordinates, eigenvalues, leaf.layout

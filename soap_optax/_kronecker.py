@@ -43,6 +43,8 @@ from soap_optax.parameters._layout import Layout
 
 PerAxis = Sequence[jax.Array | None]
 
+# What is at most this many units of round-off is hidden; see `without_round_off`.
+_RESOLUTION = 100
 # A refresh leaves no larger ratio of a first moment to the root of its second moment,
 # unless there was a larger one before. See `_raised`.
 _LARGEST_RATIO = 1.5
@@ -190,6 +192,38 @@ def project_and_measure(
         blocks = layout.to_blocks(gradient)
         energies.append(None if basis is None else _energy(blocks, layout, axis))
     return gradient, energies
+
+
+def without_round_off(
+    coordinates: jax.Array, energies: PerAxis, layout: Layout
+) -> jax.Array:
+    """Zeros what round-off hides of a gradient in eigenbases that come from it alone.
+
+    A matrix is diagonal there. What stands beside the diagonal is round-off, because
+    the factors square its singular values s_i: about eps s^2 / s_i in the directions of
+    s_i, where s is the largest one. An elementwise transformation like Adam would scale
+    this up to full-size steps, which no other program and no other device repeats.
+
+    Args:
+      coordinates: coordinates of the gradient.
+      energies: its energies at each index of each axis with a factor, `[grid…, b]`.
+      layout: layout of the parameter.
+    """
+    known = [energy for energy in energies if energy is not None]
+    if not known:
+        return coordinates
+    blocks = layout.to_blocks(coordinates)
+    largest = functools.reduce(jnp.maximum, [jnp.max(e, axis=-1) for e in known])
+    scale = jnp.sqrt(jnp.where(largest > 0, largest, 1))
+    singular = [
+        _along(jnp.sqrt(energy) / scale[..., None], axis, blocks, layout)
+        for energy, axis in zip(energies, layout.axes, strict=True)
+        if energy is not None
+    ]
+    sizes = jnp.abs(blocks) / jnp.expand_dims(scale, layout.within)
+    threshold = _RESOLUTION * float(jnp.finfo(blocks.dtype).eps)
+    is_hidden = sizes * functools.reduce(jnp.minimum, singular) < threshold
+    return layout.from_blocks(jnp.where(is_hidden, 0, blocks), coordinates)
 
 
 def project_back(
@@ -401,11 +435,17 @@ def _scale(array: jax.Array, scales: PerAxis, layout: Layout) -> jax.Array:
     blocks = layout.to_blocks(array)
     for scale, axis in zip(scales, layout.axes, strict=True):
         if scale is not None:
-            kept = sorted((*layout.grid, axis))
-            scale = jnp.moveaxis(scale, -1, kept.index(axis)).astype(blocks.dtype)
-            others = [d for d in range(blocks.ndim) if d not in kept]
-            blocks = blocks * jnp.expand_dims(scale, others)
+            blocks = blocks * _along(scale, axis, blocks, layout)
     return layout.from_blocks(blocks, array)
+
+
+def _along(
+    values: jax.Array, axis: int, blocks: jax.Array, layout: Layout
+) -> jax.Array:
+    """Gives values `[grid…, b]` the rank of blocks, so that they vary along an axis."""
+    kept = sorted((*layout.grid, axis))
+    values = jnp.moveaxis(values, -1, kept.index(axis)).astype(blocks.dtype)
+    return jnp.expand_dims(values, [d for d in range(blocks.ndim) if d not in kept])
 
 
 def clip_rms(

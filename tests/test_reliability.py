@@ -103,6 +103,38 @@ def test_the_default_bound():
     np.testing.assert_allclose(cosine, 1, rtol=1e-5)
 
 
+@pytest.mark.parametrize("shape", [(64, 64), (32, 48)])
+@pytest.mark.parametrize("spectrum", [0, 3])
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"basis": "current"}, {"block_size": 16}, {"factors": "kl"}],
+    ids=str,
+)
+def test_the_first_update_where_gradients_are_alike(options, spectrum, shape):
+    """The gradient of a full batch is diagonal in the basis that comes from it alone.
+
+    What stands beside the diagonal is round-off, and is not scaled up. So another
+    rounding gives the same update. It is the
+    orthogonal factor of the gradient, as Adam makes every entry of the diagonal 1, but
+    for directions that float32 does not resolve.
+    """
+    left, values, right = np.linalg.svd(normal(0, *shape), full_matrices=False)
+    if spectrum:
+        values = np.logspace(0, -spectrum, min(shape))
+    gradient = ((left * values) @ right).astype(np.float32)
+    other = np.nextafter(gradient, np.float32(np.inf))
+    tx = soap_optax.scale_by_soap(**options)
+    count = 1 if "basis" in options else 2
+    first, again = (run(tx, [g] * count)[0][-1] for g in (gradient, other))
+
+    def cosine(a, b):
+        return np.sum(a * b) / np.linalg.norm(a) / np.linalg.norm(b)
+
+    assert cosine(first, again) > 0.99
+    if "block_size" not in options:
+        assert cosine(first, left @ right) > (0.99 if spectrum == 0 else 0.8)
+
+
 @pytest.mark.parametrize(
     "options",
     [
