@@ -163,7 +163,7 @@ def test_rare_words_get_bounded_updates():
 
 
 @of("lucidrains/mixture-of-experts/issues/7")
-@both
+@soap
 def test_experts_without_tokens(make):
     """One of three experts gets no tokens; the others do not notice it."""
     start = normal(3, 4, 4)
@@ -420,11 +420,10 @@ def test_scan_with_checkpoints_in_x64(make):
 
 
 @of("google-deepmind/optax/issues/1207")
-@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32])
-def test_while_loop_with_a_value_of_another_dtype(dtype):
+def test_while_loop_with_a_value_of_another_dtype():
     """The count of the state ends the loop, and no dtype follows the loss's."""
     tx = soap_optax.soap(0.05)
-    params = normal(3, 3, dtype=dtype)
+    params = normal(4, 4, dtype=jnp.bfloat16)
 
     def step(carry):
         params, state = carry
@@ -436,7 +435,7 @@ def test_while_loop_with_a_value_of_another_dtype(dtype):
     trained, state = jax.jit(
         lambda carry: jax.lax.while_loop(lambda c: c[1][0].count < 10, step, carry)
     )(start)
-    assert state[0].count == 10 and trained.dtype == dtype
+    assert state[0].count == 10 and trained.dtype == jnp.bfloat16
     assert types((trained, state)) == types(start)
     assert jnp.abs(trained).mean() < 0.8 * jnp.abs(params).mean()
 
@@ -568,15 +567,13 @@ def test_learning_rates_of_several_types(scalar):
 
 
 @of("google-deepmind/optax/pull/1755")
-@pytest.mark.parametrize("injected", [False, True])
-def test_zero_gradients_in_float16(injected):
+def test_zero_gradients_in_float16():
     """The epsilon does not vanish in float16, and zeros give updates of zero."""
     params = {"w": jnp.ones((4, 4), np.float16), "v": jnp.ones(3, np.float16)}
     zeros = jax.tree.map(jnp.zeros_like, params)
-    for make in (soap_optax.soap, soap_optax.shampoo):
-        tx = optax.inject_hyperparams(make)(0.1) if injected else make(0.1)
-        trained, _ = run(tx, params, [zeros] * 2)
-        assert_equal(trained, params)
+    makes = [soap_optax.soap, soap_optax.shampoo]
+    for make in (soap_optax.soap, *map(optax.inject_hyperparams, makes)):
+        assert_equal(run(make(0.1), params, [zeros] * 2)[0], params)
 
 
 @of("google-deepmind/optax/issues/1414")
@@ -711,15 +708,14 @@ def callable_net():
 
 
 @of("google-deepmind/optax/issues/1373")
-@pytest.mark.parametrize("make", [soap_optax.soap, soap_optax.shampoo])
-def test_injection_with_a_mask_that_can_be_called(make):
+def test_injection_with_a_mask_that_can_be_called():
     net, mask = callable_net()
-    inject = optax.inject_hyperparams(make, static_args="mask")
+    inject = optax.inject_hyperparams(soap_optax.soap, static_args="mask")
     schedule = optax.cosine_decay_schedule(0.1, 10)
     tx = inject(schedule, weight_decay=0.5, mask=mask)
     gradients = gradients_of(net, 4)
     trained, _ = run(tx, net, gradients)
-    plain = make(schedule, weight_decay=0.5, mask=lambda _: mask)
+    plain = soap_optax.soap(schedule, weight_decay=0.5, mask=lambda _: mask)
     assert_close(trained, run(plain, net, gradients)[0])
 
 
