@@ -211,14 +211,8 @@ def change_basis(
       The new coordinates, and `is_new` with false where a block would not stay finite.
       Such a block keeps its coordinates along all axes.
     """
-    turned, is_finite = list(arrays), None
-    for i, (q, other, take) in enumerate(zip(old, new, is_new, strict=True)):
-        if q is None or other is None or take is None:
-            continue
-        for k, array in enumerate(turned):
-            parameter = project_back(array, _alone(q, i, layout), layout, precision)
-            moved = project(parameter, _alone(other, i, layout), layout, precision)
-            turned[k] = _where_blocks(take, moved, array, layout)
+    turned = [turn(array, old, new, is_new, layout, precision) for array in arrays]
+    is_finite = None
     for before, after in zip(arrays, turned, strict=True):
         is_fine = _is_finite(after, layout) | ~_is_finite(before, layout)
         is_finite = is_fine if is_finite is None else is_finite & is_fine
@@ -229,6 +223,24 @@ def change_basis(
         for before, after in zip(arrays, turned, strict=True)
     ]
     return turned, [None if take is None else take & is_finite for take in is_new]
+
+
+def turn(
+    array: jax.Array,
+    old: PerAxis,
+    new: PerAxis,
+    is_new: PerAxis,
+    layout: Layout,
+    precision: Any,
+) -> jax.Array:
+    """The part of `change_basis` that is linear in the array."""
+    for i, (q, other, take) in enumerate(zip(old, new, is_new, strict=True)):
+        if q is None or other is None or take is None:
+            continue
+        parameter = project_back(array, _alone(q, i, layout), layout, precision)
+        moved = project(parameter, _alone(other, i, layout), layout, precision)
+        array = _where_blocks(take, moved, array, layout)
+    return array
 
 
 def follow(
