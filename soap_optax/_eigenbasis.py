@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import optax
 
 from soap_optax import _arguments, _kronecker, _moments, _state
+from soap_optax._kronecker import Moments
 from soap_optax._moments import Words
 from soap_optax._options import EigenbasisOptions, takes
 from soap_optax._state import EigenbasisState
@@ -23,7 +24,7 @@ from soap_optax.mesh import _mesh, _placement, _spread
 from soap_optax.parameters import _tree
 from soap_optax.parameters._tree import Leaf, Plan
 from soap_optax.refresh import _stacks
-from soap_optax.refresh._clock import Clock
+from soap_optax.refresh._clock import Clock, Due
 from soap_optax.refresh._methods import RefreshRequest, method_of
 from soap_optax.refresh._stacks import Bases
 
@@ -347,16 +348,20 @@ class _Update:
         )
         bases = Bases(state.eigenbases, state.eigenvalues, state.skipped, moments)
         refresh = self._planned_refresh(state)
+        leaves = tuple(self.plan.leaves)
         clock = Clock(options["precondition_frequency"], options["stagger"])
         slots = len(refresh.slots)
-        begin, end = clock.due(state.count, slots)
-        is_due = jnp.less(begin, end)
+        due = clock.due(state.count, slots)
+        is_due = due.is_any()
         if isinstance(is_due, jax.core.Tracer):
             bases, steps = _in_place_if(
-                is_due, lambda bases: refresh.run(bases, begin, end), bases, steps
+                is_due,
+                lambda bases: _refreshed(leaves, refresh, bases, due),
+                bases,
+                steps,
             )
         elif is_due:
-            bases = _compiled_refresh(refresh, bases, begin, end)
+            bases = _compiled_refresh(leaves, refresh, bases, due)
         refreshes = jnp.where(
             clock.begins(state.count, slots),
             optax.safe_increment(state.refreshes),
@@ -485,15 +490,62 @@ def _power(base: jax.typing.ArrayLike, exponent: jax.Array) -> jax.Array:
     return jnp.asarray(base**exponent)
 
 
-@jax.jit
-def _compiled_refresh(
-    refresh: _stacks.Refresh | _spread.SpreadRefresh, bases: Bases, begin: Any, end: Any
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
+def _refreshed(
+    leaves: tuple[Leaf, ...],
+    refresh: _stacks.Refresh | _spread.SpreadRefresh,
+    bases: Bases,
+    due: Due,
 ) -> Bases:
-    """Refreshes in a step that is not traced, and compiles once for all such steps.
+    """Refreshes the bases. Derivatives are those of a refresh whose results are fixed.
 
-    Without this, JAX would compile the branches of conditionals anew in each step.
+    The derivatives of decompositions do not exist where eigenvalues are equal, and only
+    the first moments that turn with the eigenbases matter for what a step does.
     """
-    return refresh.run(bases, begin, end)
+    return refresh.run(bases, due)
+
+
+@_refreshed.defjvp
+def _derivative(
+    leaves: tuple[Leaf, ...], primals: tuple[Any, ...], tangents: tuple[Any, ...]
+) -> tuple[Bases, Bases]:
+    refresh, old, due = primals
+    new, tangent = _refreshed(leaves, refresh, old, due), tangents[1]
+
+    def turned(i: int) -> list[Moments]:
+        """The derivatives of moments are those of their change of basis."""
+        leaf, bases = leaves[i], (old.eigenbases[i], new.eigenbases[i])
+        is_new = jax.tree.map(lambda a, b: jnp.any(a != b, (-2, -1)), *bases)
+
+        def change(moments: list[Moments]) -> list[Moments]:
+            placed = jax.tree.map(lambda m: _placement.for_blocks(m, leaf), moments)
+            changed, _ = _kronecker.change_basis(
+                placed,
+                *bases,
+                is_new,
+                refresh.raises,
+                leaf.layout,
+                refresh.request.precision,
+            )
+            return jax.tree.map(lambda m: _placement.like_parameter(m, leaf), changed)
+
+        return jax.jvp(change, (old.moments[i],), (tangent.moments[i],))[1]
+
+    def fixed(new: jax.Array, old: jax.Array, tangent: jax.Array) -> jax.Array:
+        """What the refresh did not change keeps its derivative."""
+        return jnp.where(new == old, tangent, 0)
+
+    return new, Bases(
+        jax.tree.map(fixed, new.eigenbases, old.eigenbases, tangent.eigenbases),
+        jax.tree.map(fixed, new.eigenvalues, old.eigenvalues, tangent.eigenvalues),
+        tangent.skipped,
+        [turned(i) for i in range(len(leaves))],
+    )
+
+
+# A step that is not traced refreshes by this function, which is compiled once for all
+# such steps. Without it, JAX would compile the branches of conditionals in each step.
+_compiled_refresh = jax.jit(_refreshed, static_argnums=0)
 
 
 def _in_place_if(

@@ -136,14 +136,13 @@ def _whitening(
         return [None] * len(eigenvalues)
     array = at_least_float32(array)
     rows = mean_squares(array, layout)[0]
-    start = jnp.mean(rows, axis=-1, keepdims=True) ** (1 / count)
+    start = safe_power(jnp.mean(rows, axis=-1, keepdims=True), 1 / count)
 
     def one(values: jax.Array | None) -> jax.Array | None:
         if values is None:
             return None
         known = _floored(values.astype(array.dtype), start)
-        safe = jnp.where(known > 0, known, 1)
-        return jnp.where(known > 0, (safe * values.shape[-1]) ** -0.5, 0)
+        return safe_power(known * values.shape[-1], -0.5)
 
     return [one(values) for values in eigenvalues]
 
@@ -216,7 +215,7 @@ def without_round_off(
     largest = functools.reduce(jnp.maximum, [jnp.max(e, axis=-1) for e in known])
     scale = jnp.sqrt(jnp.where(largest > 0, largest, 1))
     singular = [
-        _along(jnp.sqrt(energy) / scale[..., None], axis, blocks, layout)
+        _along(safe_root(energy) / scale[..., None], axis, blocks, layout)
         for energy, axis in zip(energies, layout.axes, strict=True)
         if energy is not None
     ]
@@ -322,7 +321,7 @@ def _raised(
     values, old, new = map(
         layout.to_blocks, map(at_least_float32, (square, before, after))
     )
-    root = jnp.sqrt(values)
+    root = safe_root(values)
     ratios = jnp.where(root > 0, jnp.abs(old) / jnp.where(root > 0, root, 1), 0)
     largest = jnp.max(ratios, layout.axes[index], keepdims=True)
     is_known = largest > 0
@@ -396,8 +395,7 @@ def root(
         if eigenvalue is None:
             return None
         shifted = eigenvalue + eps
-        safe = jnp.where(shifted > 0, shifted, 1)
-        return jnp.where(shifted > 0, safe**-power, 0)
+        return safe_power(shifted, -power)
 
     return _scale(array, list(map(one, eigenvalues)), layout)
 
@@ -424,7 +422,7 @@ def rank_one(means: Sequence[jax.Array], like: jax.Array, layout: Layout) -> jax
     for i, mean in enumerate(means):
         total = jnp.mean(mean, axis=-1, keepdims=True)
         ratio = mean if i == 0 else mean / jnp.where(total > 0, total, 1)
-        roots.append(jnp.sqrt(ratio))
+        roots.append(safe_root(ratio))
     return _scale(jnp.ones_like(like), roots, layout)
 
 
@@ -458,7 +456,7 @@ def clip_rms(
     # underflow and still farther from overflow.
     unit = 2.0**13 * float(jnp.finfo(blocks.dtype).tiny) ** 0.5
     squares = jnp.square(blocks * (unit / limit))
-    excess = jnp.sqrt(jnp.mean(squares, layout.within, keepdims=True)) / unit
+    excess = safe_root(jnp.mean(squares, layout.within, keepdims=True)) / unit
     clipped = layout.from_blocks(blocks / jnp.maximum(excess, 1), array)
     return clipped.astype(array.dtype)
 
@@ -466,9 +464,21 @@ def clip_rms(
 def graft(array: jax.Array, like: jax.Array, layout: Layout) -> jax.Array:
     """Scales each block to the norm of the corresponding block of `like`."""
     blocks, others = layout.to_blocks(array), layout.to_blocks(like)
-    norm, wanted = (jnp.sqrt(_energy(b, layout)) for b in (blocks, others))
+    norm, wanted = (safe_root(_energy(b, layout)) for b in (blocks, others))
     scale = jnp.where(norm > 0, wanted / jnp.where(norm > 0, norm, 1), 0)
     return layout.from_blocks(blocks * jnp.expand_dims(scale, layout.within), array)
+
+
+def safe_root(array: jax.Array) -> jax.Array:
+    """The root of an array, with the derivative 0 where the array is 0."""
+    is_zero = array == 0
+    return jnp.where(is_zero, 0, jnp.sqrt(jnp.where(is_zero, 1, array)))
+
+
+def safe_power(array: jax.Array, power: Any) -> jax.Array:
+    """A power of an array, or 0, with the derivative 0, where it is not positive."""
+    is_positive = array > 0
+    return jnp.where(is_positive, jnp.where(is_positive, array, 1) ** power, 0)
 
 
 def _is_finite(array: jax.Array, layout: Layout) -> jax.Array:

@@ -11,6 +11,7 @@ import training
 import soap_optax
 from soap_optax._kronecker import Moments
 from soap_optax.refresh import METHODS, _stacks
+from soap_optax.refresh._clock import Due
 from soap_optax.refresh._methods import RefreshRequest
 
 
@@ -284,7 +285,7 @@ def test_what_fails_in_a_batch_stays_and_the_others_go_on(name, slots):
         True,
         slots,
     )
-    new = refresh.run(jax.tree.map(lambda x: x, bases), 0, len(slots))
+    new = refresh.run(jax.tree.map(lambda x: x, bases), Due.between(0, len(slots)))
     assert [int(of_leaf[0][0]) for of_leaf in new.skipped] == [0, 1, 0]
     np.testing.assert_array_equal(new.eigenbases[1][0], jnp.eye(4))
     np.testing.assert_array_equal(new.eigenvalues[1][0], 7)
