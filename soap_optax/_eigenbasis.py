@@ -114,13 +114,10 @@ class Inner:
       make: makes the transformation from the plans of the parameters and, in a list per
         parameter, the eigenvalues of each axis. It is called anew in each step.
       words: what the user says about the arrays in the transformation's state.
-      follows: whether the eigenvalues follow the gradients between refreshes. If not,
-        they stay those of the last refresh.
     """
 
     make: Callable[[Sequence[Leaf], _PerLeaf], optax.GradientTransformationExtraArgs]
     words: Words = Words()  # noqa: RUF009, because a tuple does not change
-    follows: bool = True
 
 
 def make_transformation(
@@ -159,9 +156,9 @@ def make_transformation(
         if options["basis"] == "current":
             new = run.accumulate(old)
             _, new = run.refresh([], new)
-            steps, new = run.step(new)
+            steps, new = run.step(new, run.weights(old, new))
         else:
-            steps, new = run.step_unless_first(old)
+            steps, new = run.step_unless_first(old, run.weights(old, old))
             new = run.accumulate(new)
             steps, new = run.refresh(steps, new)
         new = new._replace(count=optax.safe_increment(state.count))
@@ -245,14 +242,26 @@ class _Update:
             init=lambda: transformation.init(self.plan.widened()),
         )
 
-    def step(self, state: EigenbasisState) -> tuple[list[jax.Array], EigenbasisState]:
-        """Projects, runs the inner transformation and projects its updates back."""
+    def step(
+        self, state: EigenbasisState, weights: _PerLeaf
+    ) -> tuple[list[jax.Array], EigenbasisState]:
+        """Projects, runs the inner transformation and projects its updates back.
+
+        Args:
+          state: the state before the step.
+          weights: the weight of the gradient in the eigenvalues, which follow it, for
+            each axis of each parameter.
+        """
         plan = self.plan
         of_leaf = zip(
-            plan.arrays, plan.leaves, state.eigenbases, state.eigenvalues, strict=True
+            plan.arrays,
+            plan.leaves,
+            state.eigenbases,
+            state.eigenvalues,
+            weights,
+            strict=True,
         )
-        weight = self._weight(state)
-        measured = [self._project_and_follow(*entry, weight) for entry in of_leaf]
+        measured = [self._project_and_follow(*entry) for entry in of_leaf]
         eigenvalues = [values for _, values in measured]
         inner_updates, inner_state = self.inner.make(plan.leaves, eigenvalues).update(
             plan.treedef.unflatten(projected for projected, _ in measured),
@@ -267,7 +276,7 @@ class _Update:
         return steps, state._replace(eigenvalues=eigenvalues, inner_state=kept)
 
     def step_unless_first(
-        self, state: EigenbasisState
+        self, state: EigenbasisState, weights: _PerLeaf
     ) -> tuple[list[jax.Array], EigenbasisState]:
         """Takes a step unless it is the first, which only builds the eigenbases.
 
@@ -283,7 +292,7 @@ class _Update:
 
         def run(eigenvalues: Any, inner_state: Any) -> tuple[Any, Any, Any]:
             before = state._replace(eigenvalues=eigenvalues, inner_state=inner_state)
-            steps, after = self.step(before)
+            steps, after = self.step(before, weights)
             return steps, after.eigenvalues, after.inner_state
 
         operands = (state.eigenvalues, state.inner_state)
@@ -385,13 +394,37 @@ class _Update:
             return weight
         return weight / (1 - _power(beta, optax.safe_increment(state.count)))
 
+    def weights(self, old: EigenbasisState, new: EigenbasisState) -> _PerLeaf:
+        """The weight that the newest gradient has to get in each eigenvalue.
+
+        A refresh takes eigenvalues from factors that have this gradient in them. There
+        the weight is 0, so that no gradient counts twice. Eigenvalues of a block that
+        no refresh has changed follow the gradient, also where a refresh failed.
+
+        Args:
+          old: the state before this update.
+          new: the state before the step, in which eigenvalues may be refreshed.
+        """
+        weight = self._weight(old)
+
+        def one(old: Any, new: Any) -> Any:
+            if old is new:  # There was no refresh, or there is no factor.
+                return weight
+            is_refreshed = jnp.any(old != new, axis=-1, keepdims=True)
+            return jnp.where(is_refreshed, 0, weight)
+
+        is_array_or_none = lambda node: not isinstance(node, list)  # noqa: E731
+        return jax.tree.map(
+            one, old.eigenvalues, new.eigenvalues, is_leaf=is_array_or_none
+        )
+
     def _project_and_follow(
         self,
         array: jax.Array,
         leaf: Leaf,
         eigenbases: Any,
         eigenvalues: Any,
-        weight: jax.typing.ArrayLike,
+        weights: Sequence[Any],
     ) -> tuple[jax.Array, list[Any]]:
         """The coordinates of a gradient, and the eigenvalues, which follow it."""
         coordinates, energies = _kronecker.project_and_measure(
@@ -404,8 +437,7 @@ class _Update:
             energies = _kronecker.whitened_energies(
                 coordinates, eigenvalues, leaf.layout
             )
-        if self.inner.follows:
-            eigenvalues = _kronecker.follow(eigenvalues, energies, weight)
+        eigenvalues = _kronecker.follow(eigenvalues, energies, weights)
         if leaf.layout.has_factors:
             coordinates = _kronecker.bounded(coordinates)
         coordinates = _placement.like_parameter(coordinates, leaf)

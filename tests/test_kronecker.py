@@ -76,7 +76,7 @@ def test_follow_gives_the_rayleigh_quotients():
     np.testing.assert_array_equal(
         coordinates, _kronecker.project(gradient, bases, plan, None)
     )
-    followed = _kronecker.follow([jnp.zeros(4), jnp.zeros(3)], energies, 0.5)
+    followed = _kronecker.follow([jnp.zeros(4), jnp.zeros(3)], energies, [0.5] * 2)
     factors = [0.5 * gradient @ gradient.T, 0.5 * gradient.T @ gradient]
     for energy, factor, q in zip(followed, factors, bases, strict=True):
         np.testing.assert_allclose(energy, np.diag(q.T @ factor @ q), rtol=1e-12)
@@ -122,6 +122,24 @@ def test_clip_rms_keeps_directions_and_shows_what_is_not_finite():
     np.testing.assert_array_equal(_kronecker.clip_rms(0 * update, plan, 1.0), 0)
     half = jnp.full((4, 3), 6e4, jnp.float16)
     np.testing.assert_array_equal(_kronecker.clip_rms(half, plan, 1e3), 1e3)
+
+
+@pytest.mark.parametrize("size", [1e-30, 1e-24, 1.0, 1e18, 1e30])
+@pytest.mark.parametrize("other", [1e-30, 1.0, 1e18])
+def test_graft_takes_norms_of_any_size(size, other):
+    """Squares of these would underflow or overflow in float32."""
+    plan, (array, like) = layout(4, 2, block_size=2), normal(2, 4, 2)
+    array, like = array.at[2:].set(0), like.at[:2].multiply(2)
+    wide = _kronecker.graft(array, like, plan)
+    arrays = (size * array).astype(jnp.float32), (other * like).astype(jnp.float32)
+    grafted = _kronecker.graft(*arrays, plan)
+    np.testing.assert_allclose(grafted / np.float32(other), wide, rtol=1e-5)
+    expected = array[:2] * jnp.linalg.norm(like[:2]) / jnp.linalg.norm(array[:2])
+    np.testing.assert_allclose(wide[:2], expected, rtol=1e-12)
+    np.testing.assert_array_equal(wide[2:], 0)
+    np.testing.assert_array_equal(_kronecker.graft(array, 0 * like, plan), 0)
+    bad = _kronecker.graft(array.at[0, 0].set(jnp.nan), like, plan)
+    assert not np.isfinite(bad[0, 0])
 
 
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float64])
