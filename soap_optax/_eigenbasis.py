@@ -128,13 +128,10 @@ class Inner:
       make: makes the transformation from the plans of the parameters and, in a list per
         parameter, the eigenvalues of each axis. It is called anew in each step.
       words: what the user says about the arrays in the transformation's state.
-      follows: whether the eigenvalues follow the gradients between refreshes. If not,
-        they stay those of the last refresh.
     """
 
     make: Callable[[Sequence[Leaf], _PerLeaf], optax.GradientTransformationExtraArgs]
     words: Words = Words()  # noqa: RUF009, because a tuple does not change
-    follows: bool = True
 
 
 def make_transformation(
@@ -173,9 +170,9 @@ def make_transformation(
         if options["basis"] == "current":
             new = run.accumulate(old)
             _, new = run.refresh([], new)
-            steps, new = run.step(new)
+            steps, new = run.step(new, run.weights(old, new))
         else:
-            steps, new = run.step_unless_first(old)
+            steps, new = run.step_unless_first(old, run.weights(old, old))
             new = run.accumulate(new)
             steps, new = run.refresh(steps, new)
         new = new._replace(count=optax.safe_increment(state.count))
@@ -259,18 +256,28 @@ class _Update:
             init=lambda: transformation.init(self.plan.widened()),
         )
 
-    def step(self, state: EigenbasisState) -> tuple[list[jax.Array], EigenbasisState]:
-        """Projects, runs the inner transformation and projects its updates back."""
+    def step(
+        self, state: EigenbasisState, weights: _PerLeaf
+    ) -> tuple[list[jax.Array], EigenbasisState]:
+        """Projects, runs the inner transformation and projects its updates back.
+
+        Args:
+          state: the state before the step.
+          weights: the weight of the gradient in the eigenvalues, which follow it, for
+            each axis of each parameter.
+        """
         plan = self.plan
         of_leaf = zip(
-            plan.arrays, plan.leaves, state.eigenbases, state.eigenvalues, strict=True
+            plan.arrays,
+            plan.leaves,
+            state.eigenbases,
+            state.eigenvalues,
+            weights,
+            strict=True,
         )
-        weight = self._weight(state)
         first = 1 if self.options["basis"] == "previous" else 0
         is_first = state.count == first
-        measured = [
-            self._project_and_follow(*entry, weight, is_first) for entry in of_leaf
-        ]
+        measured = [self._project_and_follow(*entry, is_first) for entry in of_leaf]
         eigenvalues = [values for _, values in measured]
         inner_updates, inner_state = self.inner.make(plan.leaves, eigenvalues).update(
             plan.treedef.unflatten(projected for projected, _ in measured),
@@ -279,13 +286,13 @@ class _Update:
             **self.extra_args,
         )
         updates = plan.treedef.flatten_up_to(inner_updates)
-        of_leaf = zip(updates, plan.leaves, state.eigenbases, eigenvalues, strict=True)
-        steps = [self._project_back(*entry) for entry in of_leaf]
+        moved = zip(updates, plan.leaves, state.eigenbases, eigenvalues, strict=True)
+        steps = [self._project_back(*entry) for entry in moved]
         kept = _kept(inner_state, state.inner_state)
         return steps, state._replace(eigenvalues=eigenvalues, inner_state=kept)
 
     def step_unless_first(
-        self, state: EigenbasisState
+        self, state: EigenbasisState, weights: _PerLeaf
     ) -> tuple[list[jax.Array], EigenbasisState]:
         """Takes a step unless it is the first, which only builds the eigenbases.
 
@@ -301,7 +308,7 @@ class _Update:
 
         def run(eigenvalues: Any, inner_state: Any) -> tuple[Any, Any, Any]:
             before = state._replace(eigenvalues=eigenvalues, inner_state=inner_state)
-            steps, after = self.step(before)
+            steps, after = self.step(before, weights)
             return steps, after.eigenvalues, after.inner_state
 
         operands = (state.eigenvalues, state.inner_state)
@@ -408,13 +415,37 @@ class _Update:
             return weight
         return weight / (1 - _power(beta, optax.safe_increment(state.count)))
 
+    def weights(self, old: EigenbasisState, new: EigenbasisState) -> _PerLeaf:
+        """The weight that the newest gradient has to get in each eigenvalue.
+
+        A refresh takes eigenvalues from factors that have this gradient in them. There
+        the weight is 0, so that no gradient counts twice. Eigenvalues of a block that
+        no refresh has changed follow the gradient, also where a refresh failed.
+
+        Args:
+          old: the state before this update.
+          new: the state before the step, in which eigenvalues may be refreshed.
+        """
+        weight = self._weight(old)
+
+        def one(old: Any, new: Any) -> Any:
+            if old is new:  # There was no refresh, or there is no factor.
+                return weight
+            is_refreshed = jnp.any(old != new, axis=-1, keepdims=True)
+            return jnp.where(is_refreshed, 0, weight)
+
+        is_array_or_none = lambda node: not isinstance(node, list)  # noqa: E731
+        return jax.tree.map(
+            one, old.eigenvalues, new.eigenvalues, is_leaf=is_array_or_none
+        )
+
     def _project_and_follow(
         self,
         array: jax.Array,
         leaf: Leaf,
         eigenbases: Any,
         eigenvalues: Any,
-        weight: jax.typing.ArrayLike,
+        weights: Sequence[Any],
         is_first: jax.typing.ArrayLike,
     ) -> tuple[jax.Array, list[Any]]:
         """The coordinates of a gradient, and the eigenvalues, which follow it.
@@ -434,8 +465,7 @@ class _Update:
             energies = _kronecker.whitened_energies(
                 coordinates, eigenvalues, leaf.layout
             )
-        if self.inner.follows:
-            eigenvalues = _kronecker.follow(eigenvalues, energies, weight)
+        eigenvalues = _kronecker.follow(eigenvalues, energies, weights)
         if leaf.layout.has_factors:
             coordinates = _kronecker.bounded(coordinates)
         coordinates = _placement.like_parameter(coordinates, leaf)

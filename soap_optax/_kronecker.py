@@ -222,6 +222,8 @@ def without_round_off(
     sizes = jnp.abs(blocks) / jnp.expand_dims(scale, layout.within)
     threshold = _RESOLUTION * float(jnp.finfo(blocks.dtype).eps)
     is_hidden = sizes * functools.reduce(jnp.minimum, singular) < threshold
+    # Energies of 0 say nothing, because the squares of small gradients underflow.
+    is_hidden &= jnp.expand_dims(largest > 0, layout.within)
     return layout.from_blocks(jnp.where(is_hidden, 0, blocks), coordinates)
 
 
@@ -333,21 +335,31 @@ def _raised(
 
 
 def follow(
-    eigenvalues: PerAxis, energies: PerAxis, weight: jax.typing.ArrayLike
+    eigenvalues: PerAxis, energies: PerAxis, weights: Sequence[Any]
 ) -> list[jax.Array | None]:
-    """Moves the eigenvalue estimates by `weight` towards the gradient's energies.
+    """Moves the eigenvalue estimates towards the gradient's energies.
 
-    While the eigenbases stay, the estimates then follow the Rayleigh quotients of the
-    factors. An estimate that would not stay finite is kept.
+    While the eigenbases stay, the estimates are then the Rayleigh quotients of the
+    factors. Like the factors, the estimates of a block stay as they are if the energy
+    of the gradient is not finite there.
+
+    Args:
+      eigenvalues: estimates of the eigenvalues.
+      energies: energies of the gradient along the eigenvectors.
+      weights: for each axis the weight of the gradient, `[]` or `[grid…, 1]`.
     """
 
-    def one(eigenvalue: jax.Array | None, energy: jax.Array | None) -> Any:
+    def one(
+        eigenvalue: jax.Array | None, energy: jax.Array | None, weight: Any
+    ) -> jax.Array | None:
         if eigenvalue is None or energy is None:
             return None
         mean = _mean(eigenvalue.astype(energy.dtype), energy, weight)
-        return jnp.where(jnp.isfinite(mean), mean.astype(eigenvalue.dtype), eigenvalue)
+        sound = jnp.isfinite(jnp.sum(energy, axis=-1, keepdims=True))
+        return jnp.where(sound, mean.astype(eigenvalue.dtype), eigenvalue)
 
-    return [one(*of_axis) for of_axis in zip(eigenvalues, energies, strict=True)]
+    of_axes = zip(eigenvalues, energies, weights, strict=True)
+    return [one(*of_axis) for of_axis in of_axes]
 
 
 def damp(
@@ -462,11 +474,24 @@ def clip_rms(
 
 
 def graft(array: jax.Array, like: jax.Array, layout: Layout) -> jax.Array:
-    """Scales each block to the norm of the corresponding block of `like`."""
-    blocks, others = layout.to_blocks(array), layout.to_blocks(like)
-    norm, wanted = (safe_root(_energy(b, layout)) for b in (blocks, others))
-    scale = jnp.where(norm > 0, wanted / jnp.where(norm > 0, norm, 1), 0)
-    return layout.from_blocks(blocks * jnp.expand_dims(scale, layout.within), array)
+    """Scales each block to the norm of the corresponding block of `like`.
+
+    A block of zeros stays as it is. No norm underflows or overflows, because entries
+    are divided by the largest of their block before they are squared.
+    """
+
+    def divided(array: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """The blocks over their largest entries, the latter, and the norms left."""
+        blocks = layout.to_blocks(array)
+        largest = jnp.max(jnp.abs(blocks), layout.within, keepdims=True)
+        largest = jnp.where(largest > 0, largest, 1)
+        blocks = blocks / largest
+        norm = safe_root(_energy(blocks, layout))
+        return blocks, largest, jnp.expand_dims(norm, layout.within)
+
+    (blocks, _, norm), (_, largest, wanted) = divided(array), divided(like)
+    scaled = blocks * (wanted / jnp.where(norm > 0, norm, 1)) * largest
+    return layout.from_blocks(scaled, array)
 
 
 def safe_root(array: jax.Array) -> jax.Array:

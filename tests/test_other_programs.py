@@ -175,7 +175,6 @@ def test_experts_without_tokens(make):
         assert_close(params[expert], expected)
 
 
-@pytest.mark.xfail(strict=True, reason="Shampoo's zero gradients are another change")
 @of("nanowell/AdEMAMix-Optimizer-Pytorch/pull/3")
 def test_shampoo_after_a_zero_gradient():
     """The first gradient of a factor of LoRA is zero, because the other one is."""
