@@ -533,6 +533,37 @@ def test_shardings_that_do_not_fit(where, sharding, message):
             soap_optax.soap(1e-3, params_sharding=sharding(mesh)).init(params)
 
 
+def test_params_sharding_by_a_function_is_of_shapes():
+    """What works in `init` works in an update that is traced, and the other way."""
+    mesh = make_mesh((2, 2, 2))
+    shardings = {"v": NamedSharding(mesh, P("y")), "w": NamedSharding(mesh, P("x"))}
+    params = {"v": jnp.ones(8), "w": jnp.ones((8, 6))}
+    params = jax.device_put(params, shardings)
+
+    def by_rank(params):
+        specs = {1: P("y"), 2: P("x")}
+        return jax.tree.map(lambda x: NamedSharding(mesh, specs[x.ndim]), params)
+
+    of_tree, of_function = (
+        soap_optax.soap(1e-3, params_sharding=given) for given in (shardings, by_rank)
+    )
+    steps = [
+        jax.jit(tx.update)(params, jax.jit(tx.init)(params), params)
+        for tx in (of_tree, of_function)
+    ]
+    jax.tree.map(np.testing.assert_array_equal, *steps)
+    reads = lambda params: jax.tree.map(lambda x: x.sharding, params)  # noqa: E731
+    tx = soap_optax.soap(1e-3, params_sharding=reads)
+    message = "params_sharding must be a function of the shapes .* give the tree"
+    for call in (
+        lambda: tx.init(params),
+        lambda: jax.jit(tx.init)(params),
+        lambda: jax.jit(tx.update)(params, of_tree.init(params), params),
+    ):
+        with pytest.raises(ValueError, match=message):
+            call()
+
+
 def test_two_meshes():
     first, second = (jax.devices()[i : i + 4] for i in (0, 4))
     params = {name: jnp.ones((8, 6)) for name in "vw"}
