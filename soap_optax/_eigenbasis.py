@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import optax
 
 from soap_optax import _arguments, _kronecker, _moments, _state
+from soap_optax._kronecker import Moments
 from soap_optax._moments import Words
 from soap_optax._options import EigenbasisOptions, takes
 from soap_optax._state import EigenbasisState
@@ -23,9 +24,14 @@ from soap_optax.mesh import _mesh, _placement, _spread
 from soap_optax.parameters import _tree
 from soap_optax.parameters._tree import Leaf, Plan
 from soap_optax.refresh import _stacks
-from soap_optax.refresh._clock import Clock
+from soap_optax.refresh._clock import Clock, Due
 from soap_optax.refresh._methods import RefreshRequest, method_of
 from soap_optax.refresh._stacks import Bases
+
+# Refreshes before this step leave second moments as they are, as published. All of them
+# come from three gradients or fewer there, so none is young among old ones, and
+# `clip_update_rms` bounds what they do.
+_FIRST_RAISE = 4
 
 _PerLeaf = list[list[Any]]  # For each parameter it has an array or None per axis.
 
@@ -36,6 +42,7 @@ def in_eigenbasis(
     *,
     first_moments: Sequence[str] = (),
     coordinatewise: Sequence[str] = (),
+    second_moments: Sequence[str] = (),
     **options: Unpack[EigenbasisOptions],
 ) -> optax.GradientTransformationExtraArgs:
     """Runs `inner` in the eigenbasis of Shampoo's factors.
@@ -60,6 +67,12 @@ def in_eigenbasis(
         gradient. They come before what the library knows of optax's states.
       coordinatewise: names of the fields of the inner state that belong to
         coordinates. They come before what the library knows of optax's states.
+      second_moments: names of the fields of the inner state that belong to coordinates,
+        and are means of the squares of what the first moments in the same state are
+        means of. A refresh raises such an entry where a first moment comes into a
+        coordinate that has as good as no second moment, because its row rarely has a
+        gradient; otherwise an update like Adam's would have no bound there. SOAP itself
+        says `("nu",)`.
       **options: see `soap_optax.soap`. Here `shampoo_beta=None` means 0.95. The default
         of `clip_update_rms` is None, because the scale of the inner updates is not
         known.
@@ -93,6 +106,7 @@ def in_eigenbasis(
     _arguments.check(
         first_moments=(first_moments, _arguments.names),
         coordinatewise=(coordinatewise, _arguments.names),
+        second_moments=(second_moments, _arguments.names),
     )
     if options["shampoo_beta"] is None:
         options["shampoo_beta"] = 0.95
@@ -100,7 +114,7 @@ def in_eigenbasis(
     return make_transformation(
         Inner(
             lambda leaves, eigenvalues: extended,
-            Words(tuple(first_moments), tuple(coordinatewise)),
+            Words(tuple(first_moments), tuple(coordinatewise), tuple(second_moments)),
         ),
         options,
     )
@@ -262,7 +276,9 @@ class _Update:
             weights,
             strict=True,
         )
-        measured = [self._project_and_follow(*entry) for entry in of_leaf]
+        first = 1 if self.options["basis"] == "previous" else 0
+        is_first = state.count == first
+        measured = [self._project_and_follow(*entry, is_first) for entry in of_leaf]
         eigenvalues = [values for _, values in measured]
         inner_updates, inner_state = self.inner.make(plan.leaves, eigenvalues).update(
             plan.treedef.unflatten(projected for projected, _ in measured),
@@ -335,21 +351,25 @@ class _Update:
         The arrays `steps` are handed through; see `_in_place_if`.
         """
         options = self.options
-        moments, with_moments = _moments.split_first_moments(
+        moments, with_moments = _moments.split_moments(
             state.inner_state, self.plan.leaves, self.inner.words
         )
         bases = Bases(state.eigenbases, state.eigenvalues, state.skipped, moments)
         refresh = self._planned_refresh(state)
+        leaves = tuple(self.plan.leaves)
         clock = Clock(options["precondition_frequency"], options["stagger"])
         slots = len(refresh.slots)
-        begin, end = clock.due(state.count, slots)
-        is_due = jnp.less(begin, end)
+        due = clock.due(state.count, slots)
+        is_due = due.is_any()
         if isinstance(is_due, jax.core.Tracer):
             bases, steps = _in_place_if(
-                is_due, lambda bases: refresh.run(bases, begin, end), bases, steps
+                is_due,
+                lambda bases: _refreshed(leaves, refresh, bases, due),
+                bases,
+                steps,
             )
         elif is_due:
-            bases = _compiled_refresh(refresh, bases, begin, end)
+            bases = _compiled_refresh(leaves, refresh, bases, due)
         refreshes = jnp.where(
             clock.begins(state.count, slots),
             optax.safe_increment(state.refreshes),
@@ -375,8 +395,9 @@ class _Update:
         )
         count = options["precondition_frequency"] if options["stagger"] else None
         method = method_of(options["refresh"])
+        raises = state.count >= _FIRST_RAISE
         return _spread.make_refresh(
-            self.plan.leaves, state.factors, method, request, count
+            self.plan.leaves, state.factors, method, request, raises, count
         )
 
     def _of_arrays(self) -> list[tuple[Leaf, jax.Array]]:
@@ -426,14 +447,21 @@ class _Update:
         eigenbases: Any,
         eigenvalues: Any,
         weights: Sequence[Any],
+        is_first: jax.typing.ArrayLike,
     ) -> tuple[jax.Array, list[Any]]:
-        """The coordinates of a gradient, and the eigenvalues, which follow it."""
+        """The coordinates of a gradient, and the eigenvalues, which follow it.
+
+        In the first step of the inner transformation, the eigenbases come from a single
+        gradient, which may be this one, or one like it.
+        """
         coordinates, energies = _kronecker.project_and_measure(
             _placement.for_blocks(array.astype(leaf.dtype), leaf),
             eigenbases,
             leaf.layout,
             self.options["precision"],
         )
+        resolved = _kronecker.without_round_off(coordinates, energies, leaf.layout)
+        coordinates = jnp.where(is_first, resolved, coordinates)
         if self.options["factors"] == "kl":
             energies = _kronecker.whitened_energies(
                 coordinates, eigenvalues, leaf.layout
@@ -493,15 +521,62 @@ def _power(base: jax.typing.ArrayLike, exponent: jax.Array) -> jax.Array:
     return jnp.asarray(base**exponent)
 
 
-@jax.jit
-def _compiled_refresh(
-    refresh: _stacks.Refresh | _spread.SpreadRefresh, bases: Bases, begin: Any, end: Any
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
+def _refreshed(
+    leaves: tuple[Leaf, ...],
+    refresh: _stacks.Refresh | _spread.SpreadRefresh,
+    bases: Bases,
+    due: Due,
 ) -> Bases:
-    """Refreshes in a step that is not traced, and compiles once for all such steps.
+    """Refreshes the bases. Derivatives are those of a refresh whose results are fixed.
 
-    Without this, JAX would compile the branches of conditionals anew in each step.
+    The derivatives of decompositions do not exist where eigenvalues are equal, and only
+    the first moments that turn with the eigenbases matter for what a step does.
     """
-    return refresh.run(bases, begin, end)
+    return refresh.run(bases, due)
+
+
+@_refreshed.defjvp
+def _derivative(
+    leaves: tuple[Leaf, ...], primals: tuple[Any, ...], tangents: tuple[Any, ...]
+) -> tuple[Bases, Bases]:
+    refresh, old, due = primals
+    new, tangent = _refreshed(leaves, refresh, old, due), tangents[1]
+
+    def turned(i: int) -> list[Moments]:
+        """The derivatives of moments are those of their change of basis."""
+        leaf, bases = leaves[i], (old.eigenbases[i], new.eigenbases[i])
+        is_new = jax.tree.map(lambda a, b: jnp.any(a != b, (-2, -1)), *bases)
+
+        def change(moments: list[Moments]) -> list[Moments]:
+            placed = jax.tree.map(lambda m: _placement.for_blocks(m, leaf), moments)
+            changed, _ = _kronecker.change_basis(
+                placed,
+                *bases,
+                is_new,
+                refresh.raises,
+                leaf.layout,
+                refresh.request.precision,
+            )
+            return jax.tree.map(lambda m: _placement.like_parameter(m, leaf), changed)
+
+        return jax.jvp(change, (old.moments[i],), (tangent.moments[i],))[1]
+
+    def fixed(new: jax.Array, old: jax.Array, tangent: jax.Array) -> jax.Array:
+        """What the refresh did not change keeps its derivative."""
+        return jnp.where(new == old, tangent, 0)
+
+    return new, Bases(
+        jax.tree.map(fixed, new.eigenbases, old.eigenbases, tangent.eigenbases),
+        jax.tree.map(fixed, new.eigenvalues, old.eigenvalues, tangent.eigenvalues),
+        tangent.skipped,
+        [turned(i) for i in range(len(leaves))],
+    )
+
+
+# A step that is not traced refreshes by this function, which is compiled once for all
+# such steps. Without it, JAX would compile the branches of conditionals in each step.
+_compiled_refresh = jax.jit(_refreshed, static_argnums=0)
 
 
 def _in_place_if(

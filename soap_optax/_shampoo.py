@@ -11,7 +11,7 @@ from soap_optax import _arguments, _kronecker
 from soap_optax._eigenbasis import Inner, make_transformation
 from soap_optax._factorized import scale_by_shampoo_roots
 from soap_optax._options import EigenbasisOptions, FamilyOptions, complete, takes
-from soap_optax._soap import check_adam, optimizer
+from soap_optax._soap import check_adam, nonzero, optimizer
 from soap_optax._state import EigenbasisState
 from soap_optax.mesh import _placement
 from soap_optax.parameters import _tree
@@ -181,7 +181,9 @@ def scale_by_shampoo(
         nesterov=nesterov,
     )
     preconditioner = make_transformation(Inner(roots), all_options)
-    adam = optax.scale_by_adam(b1, b2, adam_eps, eps_root, mu_dtype, nesterov=nesterov)
+    adam = optax.scale_by_adam(
+        b1, b2, nonzero(adam_eps), eps_root, mu_dtype, nesterov=nesterov
+    )
     return _grafted(preconditioner, adam, grafting, all_options)
 
 

@@ -26,6 +26,7 @@ from soap_optax.mesh import _mesh, _placement
 from soap_optax.parameters._layout import layout_of_factors
 from soap_optax.parameters._tree import Leaf
 from soap_optax.refresh import _stacks
+from soap_optax.refresh._clock import Due
 from soap_optax.refresh._methods import Refreshed, RefreshMethod, RefreshRequest
 from soap_optax.refresh._stacks import Bases, Refresh, Unit
 
@@ -39,6 +40,7 @@ def make_refresh(
     factors: Sequence[Any],
     method: RefreshMethod,
     request: RefreshRequest,
+    raises: jax.typing.ArrayLike,
     count: int | None,
 ) -> "Refresh | SpreadRefresh":
     """Plans a refresh of all parameters, on their mesh if their shardings are known.
@@ -48,12 +50,14 @@ def make_refresh(
       factors: a list per parameter, with an array `[grid…, b, b]` or None per axis.
       method: method by which eigenbases are refreshed.
       request: what is asked of the method.
+      raises: whether second moments may be raised; see `_kronecker.change_basis`.
       count: largest number of slots, or None; see `_stacks.make_slots`.
     """
     if any(leaf.sharding is None for leaf in leaves) or not leaves:
         layouts = tuple(leaf.layout for leaf in leaves)
         slots = _stacks.make_slots(factors, count)
-        return Refresh(layouts, factors, [None] * len(leaves), method, request, slots)
+        wanted = [None] * len(leaves)
+        return Refresh(layouts, factors, wanted, method, request, raises, slots)
     with_factors = [i for i, leaf in enumerate(leaves) if leaf.layout.has_factors]
     aligned = [i for i in with_factors if _placement.is_aligned(leaves[i])]
     others = [i for i in with_factors if i not in aligned]
@@ -62,7 +66,9 @@ def make_refresh(
         slots = tuple(a + b for a, b in itertools.zip_longest(*both, fillvalue=()))
     else:  # Slots decide what is refreshed when, so they must not depend on the mesh.
         slots = _stacks.make_slots(factors, count)
-    return SpreadRefresh(tuple(leaves), factors, method, request, tuple(aligned), slots)
+    return SpreadRefresh(
+        tuple(leaves), factors, method, request, raises, tuple(aligned), slots
+    )
 
 
 def _slots_by_shards(
@@ -192,7 +198,7 @@ class _Exchange:
 
 @functools.partial(
     jax.tree_util.register_dataclass,
-    data_fields=["factors", "request"],
+    data_fields=["factors", "request", "raises"],
     meta_fields=["leaves", "method", "aligned", "slots"],
 )
 @dataclasses.dataclass(frozen=True)
@@ -204,6 +210,7 @@ class SpreadRefresh:
       factors: a list per parameter, with an array `[grid…, b, b]` or None per axis.
       method: method by which eigenbases are refreshed.
       request: what is asked of the method.
+      raises: whether second moments may be raised; see `_kronecker.change_basis`.
       aligned: numbers of the aligned parameters.
       slots: for each slot, the numbers of its parameters.
     """
@@ -212,6 +219,7 @@ class SpreadRefresh:
     factors: Sequence[Any]
     method: RefreshMethod
     request: RefreshRequest
+    raises: jax.typing.ArrayLike
     aligned: tuple[int, ...]
     slots: tuple[tuple[int, ...], ...]
 
@@ -230,8 +238,8 @@ class SpreadRefresh:
         """The numbers of the parameters in `members` that are spread."""
         return [i for i in members if i not in self.aligned]
 
-    def run(self, bases: Bases, begin: Any, end: Any) -> Bases:
-        """Refreshes the slots from `begin` to `end`; their first moments follow.
+    def run(self, bases: Bases, due: Due) -> Bases:
+        """Refreshes the slots that are due; their first moments follow.
 
         First moments of aligned parameters change basis on each device, slot by slot,
         when the eigenbases are overwritten. First moments of spread parameters change
@@ -245,11 +253,11 @@ class SpreadRefresh:
         refresh = _mesh.on_each_device(
             self._run_on_device,
             mesh=_mesh_of(self.leaves),
-            in_specs=(jax.P(), jax.P(), jax.P(), specs.eigenbases, specs),
+            in_specs=(*[jax.P()] * 3, specs.eigenbases, specs),
             out_specs=specs,
         )
-        due = jnp.asarray(begin), jnp.asarray(end)
-        new = refresh(*due, self.request, list(self.factors), local)
+        raises = jnp.asarray(self.raises)
+        new = refresh(due, self.request, raises, list(self.factors), local)
         moments = list(bases.moments)
         for i in self.aligned:
             moments[i] = new.moments[i]
@@ -257,16 +265,16 @@ class SpreadRefresh:
         for slot, members in enumerate(self.slots):
             if spread := self._spread(members):
                 adopt = functools.partial(self._adopt, spread)
-                adopt = self._if_due(slot, begin, end, adopt, lambda old, _: old)
-                adopted = adopt(bases.take(spread), new.take(spread))
+                adopt = self._if_due(slot, due, adopt, lambda old, *_: old)
+                adopted = adopt(bases.take(spread), new.take(spread), due.has(slot))
                 new = new.put(spread, adopted)
         return new
 
     def _run_on_device(
         self,
-        begin: jax.Array,
-        end: jax.Array,
+        due: Due,
         request: RefreshRequest,
+        raises: jax.Array,
         factors: list[Any],
         bases: Bases,
     ) -> Bases:
@@ -281,7 +289,7 @@ class SpreadRefresh:
         for exchange in self.exchanges:
             bring = functools.partial(_bring, exchange)
             none = functools.partial(_zeros_like_result, bring)
-            bring = self._if_due(exchange.slot, begin, end, bring, none)
+            bring = self._if_due(exchange.slot, due, bring, none)
             factor, brought = bring(factors, bases)
             layouts.append(layout_of_factors(*factor.shape[:2]))
             all_factors.append([factor])
@@ -292,15 +300,16 @@ class SpreadRefresh:
             [None] * len(self.aligned) + [e.is_filled() for e in self.exchanges],
             self.method,
             request,
+            raises,
             self._slots_on_device(),
         )
-        mine = refresh.run(mine, begin, end)
+        mine = refresh.run(mine, due)
         count = len(self.aligned)
         new = bases.put(self.aligned, mine.take(range(count)))
         for number, exchange in enumerate(self.exchanges, count):
             hand_back = functools.partial(_hand_back, exchange)
             keep = lambda new, _: new  # noqa: E731
-            hand_back = self._if_due(exchange.slot, begin, end, hand_back, keep)
+            hand_back = self._if_due(exchange.slot, due, hand_back, keep)
             new = hand_back(new, Bases(*(entries[number] for entries in mine)))
         return new
 
@@ -312,7 +321,9 @@ class SpreadRefresh:
             slots[exchange.slot].append(number)
         return tuple(map(tuple, slots))
 
-    def _adopt(self, members: Sequence[int], old: Bases, new: Bases) -> Bases:
+    def _adopt(
+        self, members: Sequence[int], old: Bases, new: Bases, is_due: jax.Array
+    ) -> Bases:
         """Changes the first moments of spread parameters to their new eigenbases.
 
         Where a first moment would not stay finite, the old eigenbasis stays.
@@ -321,7 +332,7 @@ class SpreadRefresh:
         def refreshed(basis: Any, eigenvalues: Any, skipped: Any, before: Any) -> Any:
             if basis is None:
                 return None
-            is_new = (skipped == before)[..., 0]
+            is_new = is_due & (skipped == before)[..., 0]
             return Refreshed(basis, eigenvalues, is_new, is_kept=~is_new)
 
         def adopt(leaf: Leaf, before: Bases, after: Bases) -> Bases:
@@ -332,11 +343,20 @@ class SpreadRefresh:
                 after.skipped,
                 before.skipped,
             )
-            whole = [_placement.for_blocks(moment, leaf) for moment in before.moments]
-            before = before._replace(moments=whole)
-            precision = self.request.precision
-            adopted = _stacks.adopt(list(found), leaf.layout, before, precision)
-            moments = [_placement.like_parameter(m, leaf) for m in adopted.moments]
+            whole = jax.tree.map(
+                lambda moment: _placement.for_blocks(moment, leaf), before.moments
+            )
+            adopted = _stacks.adopt(
+                list(found),
+                leaf.layout,
+                before._replace(moments=whole),
+                is_due,
+                self.raises,
+                self.request.precision,
+            )
+            moments = jax.tree.map(
+                lambda moment: _placement.like_parameter(moment, leaf), adopted.moments
+            )
             return adopted._replace(moments=moments)
 
         entries = zip(
@@ -345,11 +365,11 @@ class SpreadRefresh:
         adopted = [adopt(self.leaves[i], Bases(*a), Bases(*b)) for i, a, b in entries]
         return Bases(*map(list, zip(*adopted, strict=True)))
 
-    def _if_due(self, slot: int, begin: Any, end: Any, do: Any, keep: Any) -> Any:
+    def _if_due(self, slot: int, due: Due, do: Any, keep: Any) -> Any:
         """Chooses the function `do` if the slot is refreshed, and `keep` if not."""
         if len(self.slots) == 1:
             return do
-        is_due = jnp.logical_and(begin <= slot, slot < end).astype(jnp.int32)
+        is_due = due.has_for_any(slot).astype(jnp.int32)
         return lambda *operands: jax.lax.switch(is_due, [keep, do], *operands)
 
     def _specs(self, bases: Bases) -> Bases:
@@ -361,7 +381,9 @@ class SpreadRefresh:
         vectors = specs(_placement.of_vectors)
         matrices = specs(_placement.of_factors)
         moments = [
-            [_placement.spec_and_sizes(leaf)[0] for _ in of_leaf]
+            jax.tree.map(
+                lambda _, leaf=leaf: _placement.spec_and_sizes(leaf)[0], of_leaf
+            )
             for leaf, of_leaf in zip(self.leaves, bases.moments, strict=True)
         ]
         return Bases(matrices, vectors, vectors, moments)

@@ -130,11 +130,12 @@ def flatten_params(plan: Plan, params: Any) -> list[jax.Array]:
         entries = jax.tree.leaves(numbers, is_leaf=is_none)
         treedef: Any = jax.tree.structure(numbers, is_leaf=is_none)
         pairs = zip(entries, treedef.flatten_up_to(params), strict=True)
-        flat = [jnp.asarray(param) for number, param in pairs if number is not None]
     except ValueError as error:
         raise ValueError(
             f"params must have the structure of the updates; {error}"
         ) from error
+    given = [param for number, param in pairs if number is not None]
+    flat = list(map(_as_array, given, plan.leaves))
     for leaf, param in zip(plan.leaves, flat, strict=True):
         if param.shape != leaf.layout.shape:
             raise ValueError(
@@ -142,6 +143,17 @@ def flatten_params(plan: Plan, params: Any) -> list[jax.Array]:
                 f"the updates, got {leaf.layout.shape}"
             )
     return flat
+
+
+def _as_array(param: Any, leaf: Leaf) -> jax.Array:
+    """Converts what `params` has in the place of an update to an array."""
+    try:
+        return jnp.asarray(param)
+    except (TypeError, ValueError) as error:
+        raise ValueError(
+            "params must have the structure of the updates, which have an array for "
+            f"{leaf.name}, got {jax.tree.structure(param)}"
+        ) from error
 
 
 def _dict_keys(paths: Sequence[tuple[Any, ...]]) -> list[tuple[str, ...]]:
