@@ -148,6 +148,7 @@ def make_transformation(
         plan = _tree.make_plan(params, options)
         for leaf in plan.leaves:
             _placement.warn_of_cut_blocks(leaf)
+        _placement.note_unknown_shardings(plan.leaves, options["params_sharding"])
         state = _state.start(plan, options, None)
         transformation = inner.make(plan.leaves, state.eigenvalues)
         inner_state = transformation.init(plan.widened())

@@ -484,7 +484,8 @@ def graft(array: jax.Array, like: jax.Array, layout: Layout) -> jax.Array:
         """The blocks over their largest entries, the latter, and the norms left."""
         blocks = layout.to_blocks(array)
         largest = jnp.max(jnp.abs(blocks), layout.within, keepdims=True)
-        largest = jnp.where(largest > 0, largest, 1)
+        # What is left does not depend on this number, nor do derivatives.
+        largest = jax.lax.stop_gradient(jnp.where(largest > 0, largest, 1))
         blocks = blocks / largest
         norm = safe_root(_energy(blocks, layout))
         return blocks, largest, jnp.expand_dims(norm, layout.within)

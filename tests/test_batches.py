@@ -77,6 +77,19 @@ def test_one_decomposition_for_each_size_on_other_platforms(refresh, platform):
     assert not re.search(r"syev|Eigh", text)
 
 
+@pytest.mark.parametrize("platform", ["cuda", "tpu"])
+@pytest.mark.parametrize(("size", "batch"), [(128, 24), (1024, 8), (4096, 1)])
+def test_matrices_go_in_batches_of_32_mb(size, batch, platform, monkeypatch):
+    """24 factors, of which a chunk of at most 32 MB is decomposed at one time."""
+    monkeypatch.setattr(_stacks, "_SLOTS", 1)
+    params = [jax.ShapeDtypeStruct((size, size), jnp.float32)] * 12
+    step, _ = traced(params, refresh="qr", initial_basis="identity")
+    text = step.lower(lowering_platforms=(platform,)).as_text()
+    name = {"cuda": r"@\w*geqrf\w*", "tpu": "@Qr"}[platform]
+    (call,) = re.findall(rf"custom_call {name}\(.*", text)
+    assert f"(tensor<{batch}x{size}x{size}xf32>)" in call
+
+
 def test_the_published_start_adds_one_for_each_size():
     found = decompositions(program(layers(3))[0])
     assert sum("geqrf" in name for name in found) == 2

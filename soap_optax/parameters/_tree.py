@@ -300,8 +300,29 @@ def _known_shardings(
         return unknown
     shardings = [_mesh.explicit_sharding(a, range(a.ndim)) for a in arrays]
     if all(sharding is None for sharding in shardings) and params_sharding is not None:
+        if _is_function(params_sharding):
+            params_sharding = _made_from_shapes(params_sharding, tree)
         shardings = list(resolve_shardings(tree, params_sharding))
     return unknown if None in shardings else shardings
+
+
+def _made_from_shapes(params_sharding: Callable[[Any], Any], tree: Any) -> Any:
+    """What a function makes of the shapes of the parameters.
+
+    An update that is traced on automatic axes knows nothing else of its arrays. With
+    shapes everywhere, a function that works in `init` works in every update, too.
+    """
+    shapes = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(jnp.shape(x), jnp.result_type(x)), tree
+    )
+    made = params_sharding(shapes)
+    entries = jax.tree.leaves(made, is_leaf=lambda node: node is None)
+    rule = (
+        "a function of the shapes of the parameters, which have no shardings (in place "
+        "of a function that reads them, give the tree of the shardings)"
+    )
+    _arguments.require("params_sharding", params_sharding, rule, None not in entries)
+    return made
 
 
 def _per_parameter(

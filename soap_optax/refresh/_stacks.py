@@ -42,10 +42,10 @@ from soap_optax.refresh._methods import Refreshed, RefreshMethod, RefreshRequest
 # one slot are in memory at a time.
 _SLOTS = 8
 _SLOT_BYTES = 2**20
-# A chunk has at most `_CHUNK_BYTES` bytes, in the dtype of the computation, and at most
-# `_CHUNK_SHARE` of its stack, but at least one matrix.
+# A chunk has at most `_CHUNK_BYTES` bytes, in the dtype of the computation, but at
+# least one matrix. Small matrices thereby go in one batch, and what a batch of large ones
+# needs beside its stack stays small.
 _CHUNK_BYTES = 2**25
-_CHUNK_SHARE = 1 / 8
 
 Unit = tuple[int, int]  # It has the number of a parameter and the number of an axis.
 
@@ -457,7 +457,7 @@ def _by_chunks(
     request = jax.tree.map(lambda x: _per_matrix(x, wanted), request)
     zeros = jnp.zeros_like(at_least_float32(eigenbases[..., 0, :]))
     matrix = factors[0].size * zeros.dtype.itemsize
-    chunk = max(1, min(int(_CHUNK_SHARE * len(factors)), _CHUNK_BYTES // matrix))
+    chunk = max(1, min(len(factors), _CHUNK_BYTES // matrix))
     none = jnp.zeros_like(zeros[..., 0], bool)
     old = Refreshed(eigenbases, zeros, is_new=none, is_kept=none)
     run = functools.partial(_in_chunks, functools.partial(_refresh_chunk, method))
