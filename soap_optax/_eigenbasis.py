@@ -287,8 +287,8 @@ class _Update:
             **self.extra_args,
         )
         updates = plan.treedef.flatten_up_to(inner_updates)
-        of_leaf = zip(updates, plan.leaves, state.eigenbases, eigenvalues, strict=True)
-        steps = [self._project_back(*entry) for entry in of_leaf]
+        moved = zip(updates, plan.leaves, state.eigenbases, eigenvalues, strict=True)
+        steps = [self._project_back(*entry) for entry in moved]
         kept = _kept(inner_state, state.inner_state)
         return steps, state._replace(eigenvalues=eigenvalues, inner_state=kept)
 

@@ -222,6 +222,8 @@ def without_round_off(
     sizes = jnp.abs(blocks) / jnp.expand_dims(scale, layout.within)
     threshold = _RESOLUTION * float(jnp.finfo(blocks.dtype).eps)
     is_hidden = sizes * functools.reduce(jnp.minimum, singular) < threshold
+    # Energies of 0 say nothing, because the squares of small gradients underflow.
+    is_hidden &= jnp.expand_dims(largest > 0, layout.within)
     return layout.from_blocks(jnp.where(is_hidden, 0, blocks), coordinates)
 
 

@@ -1,5 +1,6 @@
 """Many eigenbases: batches of one size, slots, what is copied and what is skipped."""
 
+import math
 import re
 
 import jax
@@ -116,6 +117,11 @@ def computations(text):
     return found
 
 
+def size(shape):
+    """The number of entries of an array, from its shape in the text of a program."""
+    return math.prod(map(int, re.findall(r"\d+", re.search(r"\[.*?\]", shape)[0])))
+
+
 @pytest.mark.skipif(jax.__version_info__ < (0, 10), reason="older XLA copies")
 @pytest.mark.parametrize("basis", ["previous", "current"])
 @pytest.mark.parametrize(
@@ -136,7 +142,7 @@ def test_a_step_without_refresh_copies_no_factor_or_basis(basis, options, eigenb
         copied = re.search(
             r"= (\S+) (?:copy(?:-start)?\(|.*calls=%?wrapped_copy)", line
         )
-        assert not copied or "," not in copied[1].split("{")[0], line
+        assert not copied or size(copied[1]) < size(eigenbasis), line
 
 
 @pytest.mark.parametrize("count", [4, 12])
