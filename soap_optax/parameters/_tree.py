@@ -89,7 +89,7 @@ def make_plan(tree: Any, options: EigenbasisOptions) -> Plan:
     """
     entries, treedef = jax.tree_util.tree_flatten_with_path(tree)
     paths = [path for path, _ in entries]
-    arrays = [a if hasattr(a, "dtype") else jnp.asarray(a) for _, a in entries]
+    arrays = [_canonical(array) for _, array in entries]
     numbers = _resolve_dimension_numbers(
         options["dimension_numbers"], tree, len(entries)
     )
@@ -111,6 +111,17 @@ def make_plan(tree: Any, options: EigenbasisOptions) -> Plan:
 
     planned = zip(paths, _dict_keys(paths), arrays, numbers, shardings, strict=True)
     return Plan(treedef, [plan(*of_leaf) for of_leaf in planned], arrays)
+
+
+def _canonical(array: Any) -> Any:
+    """An array or a shape in a dtype that JAX has.
+
+    Without `jax_enable_x64`, JAX takes NumPy's float64 for float32, as `jnp.asarray`
+    does, and warns wherever this dtype is asked for.
+    """
+    if isinstance(array, jax.ShapeDtypeStruct):
+        return array.update(dtype=jax.dtypes.canonicalize_dtype(array.dtype))
+    return array if isinstance(array, jax.Array) else jnp.asarray(array)
 
 
 def _name(path: tuple[Any, ...]) -> str:
