@@ -42,9 +42,9 @@ from soap_optax.refresh._methods import Refreshed, RefreshMethod, RefreshRequest
 # one slot are in memory at a time.
 _SLOTS = 8
 _SLOT_BYTES = 2**20
-# A chunk has at most `_CHUNK_BYTES` bytes, in the dtype of the computation, but at least
-# one matrix. Small matrices thereby go in one batch, and what a batch of large ones
-# needs beside its stack stays small.
+# A chunk has at most `_CHUNK_BYTES` bytes, in the dtype of the computation, but at
+# least one matrix. Small matrices thereby go in one batch, and what a batch of large
+# ones needs beside its stack stays small.
 _CHUNK_BYTES = 2**25
 
 Unit = tuple[int, int]  # It has the number of a parameter and the number of an axis.
