@@ -524,7 +524,7 @@ def _refresh_chunk(
     belong to members of other counts, they come after the others, so that methods are
     always asked for one or the other.
     """
-    if np.ndim(request.decompose) == 0:
+    if getattr(request.decompose, "ndim", 0) == 0:
         return _refresh_left(method, request, factors, wanted, done)
 
     def refresh(i: jax.Array, done: Refreshed) -> Refreshed:
