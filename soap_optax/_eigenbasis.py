@@ -429,14 +429,19 @@ class _Update:
         the weight is 0, so that no gradient counts twice. Eigenvalues of a block that
         no refresh has changed follow the gradient, also where a refresh failed.
 
+        KL-SOAP is the exception: its eigenvalues follow every gradient, also those that
+        a refresh has counted. They weight the other factors, which a gradient of a new
+        size or direction would otherwise let grow too far (see docs/family.md).
+
         Args:
           old: the state before this update.
           new: the state before the step, in which eigenvalues may be refreshed.
         """
         weight = self._weight(old)
+        always = self.options["factors"] == "kl"
 
         def one(old: Any, new: Any) -> Any:
-            if old is new:  # There was no refresh, or there is no factor.
+            if always or old is new:  # There was no refresh, or there is no factor.
                 return weight
             is_refreshed = jnp.any(old != new, axis=-1, keepdims=True)
             return jnp.where(is_refreshed, 0, weight)

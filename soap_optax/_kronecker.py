@@ -201,6 +201,10 @@ def hidden(coordinates: jax.Array, energies: PerAxis, layout: Layout) -> jax.Arr
     s_i, where s is the largest one. An elementwise transformation like Adam would scale
     this up to full-size steps, which no other program and no other device repeats.
 
+    A block whose gradient is not diagonal comes from another gradient than the
+    eigenbases, and nothing of it is hidden. The coordinates that stand out of the
+    round-off of a diagonal one are hardly more than its shortest axis is long.
+
     Args:
       coordinates: coordinates of the gradient.
       energies: its energies at each index of each axis with a factor, `[grid…, b]`.
@@ -223,6 +227,8 @@ def hidden(coordinates: jax.Array, energies: PerAxis, layout: Layout) -> jax.Arr
     sizes = jnp.abs(blocks) / jnp.expand_dims(scale, layout.within)
     threshold = _RESOLUTION * float(jnp.finfo(blocks.dtype).eps)
     is_hidden = sizes * functools.reduce(jnp.minimum, singular) < threshold
+    visible = jnp.sum(~is_hidden, layout.within, keepdims=True)
+    is_hidden &= visible <= 2 * min(blocks.shape[axis] for axis in layout.axes)
     # Energies of 0 say nothing, because the squares of small gradients underflow.
     is_hidden &= jnp.expand_dims(largest > 0, layout.within)
     return layout.from_blocks(is_hidden, coordinates)
@@ -267,58 +273,51 @@ def change_basis(
       The new moments, and `is_new` with false where a block would not stay finite. Such
       a block keeps its moments and its coordinates along all axes.
     """
-    turned, is_finite = list(moments), None
-    for i, (q, other, take) in enumerate(zip(old, new, is_new, strict=True)):
-        if q is None or other is None or take is None:
-            continue
-        bases = _alone(q, i, layout), _alone(other, i, layout)
-        choose = functools.partial(_where_blocks, take, layout=layout)
-        for k, (first, second) in enumerate(turned):
-            moved = [_turned(array, *bases, layout, precision) for array in first]
-            raised = list(second)
-            for before, after in zip(first, moved, strict=True):
-                raised = [
-                    jnp.where(raises, _raised(square, before, after, i, layout), square)
-                    for square in raised
-                ]
-            turned[k] = Moments(
-                [choose(*pair) for pair in zip(moved, first, strict=True)],
-                [choose(*pair) for pair in zip(raised, second, strict=True)],
-            )
+    pairs = zip(old, new, strict=True)
+    turning = [i for i, pair in enumerate(pairs) if all(q is not None for q in pair)]
+    if not turning or not jax.tree.leaves(moments):
+        return list(moments), list(is_new)
+
+    def turn(array: jax.Array) -> jax.Array:
+        for i in turning:
+            bases = _alone(old[i], i, layout), _alone(new[i], i, layout)
+            turned = project_back(array, bases[0], layout, precision)
+            turned = project(turned, bases[1], layout, precision)
+            array = _where_blocks(is_new[i], turned, array, layout)
+        return array
+
+    def one(group: Moments) -> Moments:
+        first, raised = [turn(array) for array in group.first], group.second
+        for pair in zip(group.first, first, strict=True):
+            raised = [_raised(square, *pair, layout) for square in raised]
+        pairs = zip(raised, group.second, strict=True)
+        return Moments(first, [jnp.where(raises, *pair) for pair in pairs])
+
+    turned = [one(group) for group in moments]
     pairs = list(zip(jax.tree.leaves(moments), jax.tree.leaves(turned), strict=True))
-    for before, after in pairs:
-        is_fine = _is_finite(after, layout) | ~_is_finite(before, layout)
-        is_finite = is_fine if is_finite is None else is_finite & is_fine
-    if is_finite is None:
-        return turned, list(is_new)
+    of_pairs = [_is_finite(b, layout) | ~_is_finite(a, layout) for a, b in pairs]
+    is_finite = functools.reduce(jnp.logical_and, of_pairs)
     kept = [_where_blocks(is_finite, after, before, layout) for before, after in pairs]
     turned = jax.tree.unflatten(jax.tree.structure(turned), kept)
     return turned, [None if take is None else take & is_finite for take in is_new]
 
 
-def _turned(
-    array: jax.Array, old: PerAxis, new: PerAxis, layout: Layout, precision: Any
-) -> jax.Array:
-    return project(project_back(array, old, layout, precision), new, layout, precision)
-
-
 def _raised(
-    square: jax.Array, before: jax.Array, after: jax.Array, index: int, layout: Layout
+    square: jax.Array, before: jax.Array, after: jax.Array, layout: Layout
 ) -> jax.Array:
     """Raises second moments that are too small for turned first moments.
 
-    To turn an axis mixes the entries that differ in this axis alone. Without a turn,
-    the ratio of a mean to the root of the mean of the squares hardly exceeds that of a
-    steady gradient, which is 1. A turn can bring a mean into a coordinate whose second
-    moment has seen as good as nothing, because rows rarely have a gradient, and the
-    ratio has no bound. Where it exceeds `_LARGEST_RATIO` and each ratio that was mixed,
-    the second moment becomes so large that the ratio is the largest of these.
+    Without a turn, the ratio of a mean to the root of the mean of the squares hardly
+    exceeds that of a steady gradient, which is 1. A turn can bring a mean into a
+    coordinate whose second moment has seen as good as nothing, because rows rarely have
+    a gradient, and the ratio has no bound. Where it exceeds `_LARGEST_RATIO` and each
+    ratio that the block had before, the second moment becomes so large that the ratio
+    is the largest of these.
 
     Args:
       square: second moments.
-      before: first moments before axis `index` is turned.
+      before: first moments before the turn.
       after: first moments after it.
-      index: the index of the axis in the layout.
       layout: layout of the parameter.
     """
     values, old, new = map(
@@ -326,7 +325,7 @@ def _raised(
     )
     root = safe_root(values)
     ratios = jnp.where(root > 0, jnp.abs(old) / jnp.where(root > 0, root, 1), 0)
-    largest = jnp.max(ratios, layout.axes[index], keepdims=True)
+    largest = jnp.max(ratios, layout.within, keepdims=True)
     is_known = largest > 0
     needed = jnp.square(new / jnp.where(is_known, largest, 1))
     limit = jnp.maximum(_LARGEST_RATIO, largest)

@@ -7,8 +7,8 @@ second moment, and it rotates the first moment back and forth through the parame
 coordinates. eps is added after bias correction, as in optax.
 
 KL-SOAP weights each factor by the inverses of the others, from eigenvalues that are
-exact at a refresh (by eigh) and follow the gradients otherwise. Each gradient counts
-once in them, as it does in the factors.
+exact at a refresh (by eigh) and follow every gradient. With the current basis, the
+gradient that a refresh has in it counts a second time.
 """
 
 import math
@@ -70,8 +70,8 @@ class Soap:
     def step(self, gradient):
         if self.basis == "current":
             self._accumulate(gradient)
-            is_refreshed = self._refresh()
-            direction = self._adam(gradient, follows=not is_refreshed)
+            self._refresh()
+            direction = self._adam(gradient)
         else:
             first = self.count == 0
             direction = np.zeros_like(gradient) if first else self._adam(gradient)
@@ -80,8 +80,11 @@ class Soap:
         self.count += 1
         return direction
 
-    def _adam(self, gradient, *, follows=True):
+    def _adam(self, gradient):
         projected = _rotate(gradient, self.bases, transpose=True)
+        if self.adam_count == 0:  # Round-off beside the diagonal is taken out.
+            sizes = np.abs(projected)
+            projected[sizes < 1e-12 * sizes.max()] = 0
         self.adam_count += 1
         self.mu = self.b1 * self.mu + (1 - self.b1) * projected
         self.nu = self.b2 * self.nu + (1 - self.b2) * projected**2
@@ -93,7 +96,7 @@ class Soap:
         nu_hat = self.nu / (1 - self.b2**self.adam_count)
         if self.factorized:
             nu_hat = rank_one(nu_hat)
-        if self.kl and follows:
+        if self.kl:
             self._follow(projected)
         root = np.sqrt(nu_hat + self.eps_root)
         return _rotate(mu_hat / (root + self.eps), self.bases)
@@ -147,10 +150,9 @@ class Soap:
         self.eigenvalues = followed
 
     def _refresh(self):
-        """Says whether it was due."""
         if self.count % self.frequency(self.count):
-            return False
-        mu = _rotate(self.mu, self.bases)
+            return
+        mu, ratio = _rotate(self.mu, self.bases), _largest_ratio(self.mu, self.nu)
         for i, (factor, q) in enumerate(zip(self.factors, self.bases, strict=True)):
             if factor is None:
                 continue
@@ -166,7 +168,15 @@ class Soap:
             q = self.bases[i]
             self.eigenvalues[i] = np.diag(q.T @ factor @ q)
         self.mu = _rotate(mu, self.bases, transpose=True)
-        return True
+        if self.count >= 4 and not self.factorized and ratio > 0:
+            is_small = np.abs(self.mu) > max(1.5, ratio) * np.sqrt(self.nu)
+            self.nu = np.where(is_small, (self.mu / ratio) ** 2, self.nu)
+
+
+def _largest_ratio(mu, nu):
+    """The largest ratio of a first moment to the root of its second moment."""
+    known = nu > 0
+    return np.max(np.abs(mu[known]) / np.sqrt(nu[known]), initial=0)
 
 
 def rank_one(nu):

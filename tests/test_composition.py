@@ -54,8 +54,11 @@ SCHEDULE = optax.warmup_cosine_decay_schedule(0.0, 0.02, 10, 60)
             optax.scale_by_learning_rate(SCHEDULE),
         ),
         optax.chain(optax.clip_by_global_norm(1.0), soap_optax.soap(SCHEDULE, **SOAP)),
-        optax.masked(
-            soap_optax.soap(0.02, **SOAP), {"in": True, "bias": False, "out": True}
+        optax.chain(  # A mask hands the other gradients through as they are.
+            optax.masked(
+                soap_optax.soap(0.02, **SOAP), {"in": True, "bias": False, "out": True}
+            ),
+            optax.masked(optax.sgd(0.02), {"in": False, "bias": True, "out": False}),
         ),
         optax.partition(
             {"soap": soap_optax.soap(0.02, **SOAP), "adam": optax.adam(0.02)},

@@ -197,9 +197,7 @@ def make_with(inner, **options):
     [
         ("adam", {"basis": "previous"}),
         ("adam", {"basis": "current"}),
-        ("adam", {"basis": "current", "factors": "kl"}),
         ("shampoo", {}),
-        ("shampoo", {"factors": "kl"}),
     ],
 )
 def test_eigenvalues_are_those_of_the_factors_at_every_step(inner, options, refresh):

@@ -316,6 +316,9 @@ def run_alone(update, state, params, extra_args, odd=(), bases=None, signs=1.0):
         updates, state = update(
             gradients, state, jax.tree.map(forth, params), **extra_args
         )
+        if bases[1] is new:  # Round-off of the first gradient is taken out.
+            seen = np.abs(forth(gradient)) > 1e-12
+            updates = {k: np.where(seen, update, 0) for k, update in updates.items()}
         updates = {k: project_back(update, new) for k, update in updates.items()}
         params = optax.apply_updates(params, updates)
         trajectory.updates.append(updates)

@@ -47,7 +47,7 @@ def test_functions_that_belong_together_have_the_same_options():
     soap = options(soap_optax.soap)
     assert options(soap_optax.scale_by_soap) == soap
     wrapper = options(soap_optax.in_eigenbasis)
-    words = ("first_moments", "coordinatewise", "clip_update_rms")
+    words = ("first_moments", "coordinatewise", "second_moments", "clip_update_rms")
     of_adam = ("factorized", "nesterov", "clip_update_rms")
     assert without(wrapper, *words) == without(soap, *of_adam)
     shampoo = options(soap_optax.shampoo)

@@ -261,11 +261,11 @@ GATHER, SUM, SEND = "all-gather", "all-reduce", "collective-permute"
     [
         (P("x", "y"), {"block_size": 6}, {}, {}),
         (P(), {}, {}, {GATHER: 6}),
-        (P("x", "y"), {"block_size": 8}, {GATHER: 4}, {GATHER: 4}),
+        (P("x", "y"), {"block_size": 8}, {GATHER: 5}, {GATHER: 5}),
         (
             P("x", "y"),
             {},
-            {GATHER: 14, SUM: 8, SEND: 1},
+            {GATHER: 14, SUM: 11, SEND: 1},
             {GATHER: 14, SUM: 6, "all-to-all": 6},
         ),
     ],
