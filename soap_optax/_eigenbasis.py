@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import optax
 
 from soap_optax import _arguments, _kronecker, _moments, _state
+from soap_optax._dtypes import coarsest_eps
 from soap_optax._moments import Words
 from soap_optax._options import EigenbasisOptions, takes
 from soap_optax._state import EigenbasisState
@@ -278,7 +279,9 @@ class _Update:
             **self.extra_args,
         )
         updates = plan.treedef.flatten_up_to(inner_updates)
-        of_leaf = zip(updates, plan.leaves, state.eigenbases, eigenvalues, strict=True)
+        of_leaf = zip(
+            updates, self._of_arrays(), state.eigenbases, eigenvalues, strict=True
+        )
         steps = [self._project_back(*entry) for entry in of_leaf]
         kept = _kept(inner_state, state.inner_state)
         return steps, state._replace(eigenvalues=eigenvalues, inner_state=kept)
@@ -436,6 +439,12 @@ class _Update:
         coordinates = _placement.like_parameter(coordinates, leaf)
         return _apart_from_blocks(coordinates, leaf), eigenvalues
 
+    def _eps(self, leaf: Leaf, gradient: jax.Array, eigenbases: Any) -> Any:
+        """The machine epsilon of the coarsest rounding of what an update comes from."""
+        dtypes = [q.dtype for q in eigenbases if q is not None]
+        precision = self.options["precision"]
+        return coarsest_eps(leaf.dtype, gradient.dtype, *dtypes, precision=precision)
+
     def _projected_params(self, state: EigenbasisState) -> Any:
         """The tree of the coordinates of the parameters, or None without parameters."""
         if self.params is None:
@@ -455,13 +464,19 @@ class _Update:
         return self.plan.treedef.unflatten(placed)
 
     def _project_back(
-        self, update: jax.Array, leaf: Leaf, eigenbases: Any, eigenvalues: Any
+        self,
+        update: jax.Array,
+        of_array: tuple[Leaf, jax.Array],
+        eigenbases: Any,
+        eigenvalues: Any,
     ) -> jax.Array:
         """Damps an inner update, projects it back and clips it."""
+        leaf, gradient = of_array
         options, layout = self.options, leaf.layout
+        eps = self._eps(leaf, gradient, eigenbases)
         limit = options["clip_update_rms"]
         update = _placement.for_blocks(_apart_from_blocks(update, leaf), leaf)
-        update = _kronecker.damp(update, eigenvalues, layout, options["rcond"])
+        update = _kronecker.damp(update, eigenvalues, layout, options["rcond"], eps)
         step = _kronecker.project_back(update, eigenbases, layout, options["precision"])
         if layout.has_factors and limit is not None:
             step = _kronecker.clip_rms(step, layout, limit)

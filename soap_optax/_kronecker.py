@@ -43,6 +43,8 @@ from soap_optax.parameters._layout import Layout
 
 PerAxis = Sequence[jax.Array | None]
 
+# The default of `rcond`, in machine epsilons of the coarsest rounding in play.
+_RCOND = 0.01
 # What is at most this many units of round-off is hidden; see `without_round_off`.
 _RESOLUTION = 100
 # A refresh leaves no larger ratio of a first moment to the root of its second moment,
@@ -352,7 +354,7 @@ def follow(
 
 
 def damp(
-    array: jax.Array, eigenvalues: PerAxis, layout: Layout, rcond: Any
+    array: jax.Array, eigenvalues: PerAxis, layout: Layout, rcond: Any, eps: Any
 ) -> jax.Array:
     """Multiplies each index of an axis by r^2 / (r^2 + rcond^2), where r = e / e_max.
 
@@ -363,7 +365,7 @@ def damp(
     largest.
     """
     if rcond is None:
-        rcond = 0.01 * float(jnp.finfo(at_least_float32(array).dtype).eps)
+        rcond = _RCOND * eps
     if isinstance(rcond, (int, float)) and rcond == 0:
         return array
     if all(eigenvalue is None for eigenvalue in eigenvalues):

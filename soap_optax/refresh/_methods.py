@@ -19,7 +19,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from soap_optax import _arguments
-from soap_optax._dtypes import at_least_float32
+from soap_optax._dtypes import at_least_float32, coarsest_eps, widest
+
+
+# An eigenvalue is round-off up to this many times the machine epsilon, as a share of the
+# largest one: of the computation, and of coarser rounding of a factor's entries.
+_NULL, _NULL_STORED = 10, 0.5
 
 
 class Refreshed(NamedTuple):
@@ -222,7 +227,7 @@ def power_step(factors: jax.Array, eigenbases: jax.Array, precision: Any) -> Pow
     largest = jnp.max(quotients, axis=-1, keepdims=True)
     largest = jnp.where(largest > 0, largest, 1)
     quotients, products = quotients / largest, products / largest[..., None]
-    is_null = quotients <= _null_share(matrix)
+    is_null = quotients <= _null_share(factors, precision)
     quotients = jnp.where(is_null, 0, quotients)
     norm = _norm(products)
     residual = _norm(products - quotients[..., None] * basis)
@@ -363,7 +368,7 @@ def _eigenvectors(
     """
     matrix = at_least_float32(factors) / step.largest[..., None]
     values, vectors = (x[..., ::-1] for x in jnp.linalg.eigh(matrix))
-    is_null = values <= _null_share(matrix) * values[..., :1]
+    is_null = values <= _null_share(factors) * values[..., :1]
     columns = jnp.arange(order.shape[-1], dtype=order.dtype)
     columns = jnp.broadcast_to(columns, matrix.shape)
     identity = (order[..., None] == columns).astype(matrix.dtype)
@@ -445,9 +450,18 @@ def _norm(matrix: jax.Array) -> jax.Array:
     return jnp.sqrt(jnp.sum(jnp.square(matrix), axis=(-2, -1)))
 
 
-def _null_share(matrix: jax.Array) -> float:
-    """The share of the largest eigenvalue up to which an eigenvalue is round-off."""
-    return 10 * float(jnp.finfo(matrix.dtype).eps)
+def _null_share(
+    factors: jax.Array, precision: Any = jax.lax.Precision.HIGHEST
+) -> jax.typing.ArrayLike:
+    """The share of the largest eigenvalue up to which an eigenvalue is round-off.
+
+    It follows from the dtype of the computation, in which all errors of a refresh are,
+    and from the rounding of the entries of the factors, by the dtype in which they are
+    stored or by products, if this is coarser.
+    """
+    dtype = widest(jnp.float32, factors.dtype)
+    eps = coarsest_eps(factors.dtype, precision=precision)
+    return jnp.maximum(_NULL * float(jnp.finfo(dtype).eps), _NULL_STORED * eps)
 
 
 def _take_rows(matrix: jax.Array, indices: jax.Array) -> jax.Array:
