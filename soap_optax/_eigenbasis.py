@@ -332,7 +332,12 @@ class _Update:
                     precision,
                 )
             new = _kronecker.accumulate(
-                state.factors[i], gradients, leaf.layout, weight, precision
+                state.factors[i],
+                gradients,
+                leaf.layout,
+                weight,
+                state.count,
+                precision,
             )
             factors.append(list(map(_mesh.placed, new, _placement.of_factors(leaf))))
         return state._replace(factors=factors)

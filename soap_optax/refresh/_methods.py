@@ -24,7 +24,7 @@ from soap_optax._dtypes import at_least_float32, coarsest_eps, widest
 
 # An eigenvalue is round-off up to this many times the machine epsilon, as a share of the
 # largest one: of the computation, and of coarser rounding of a factor's entries.
-_NULL, _NULL_STORED = 10, 0.5
+_NULL, _NULL_STORED = 10, 0.25
 
 
 class Refreshed(NamedTuple):
@@ -300,7 +300,7 @@ def _by_power_step(
     is_kept = wanted & ~to_do
 
     def finish() -> Refreshed:
-        rows, sizes = _ranked(step, factors, to_do, request.decompose, orthonormalize)
+        rows, sizes = _ranked(step, factors, to_do, request, orthonormalize)
         is_new = to_do & is_orthonormal(rows)
         values = jnp.where(to_do[..., None], sizes * step.largest, quotients)
         return Refreshed(_transposed(rows), values, is_new, is_kept)
@@ -317,20 +317,22 @@ def _ranked(
     step: PowerStep,
     factors: jax.Array,
     wanted: jax.Array,
-    decompose: jax.Array | bool | None,
+    request: RefreshRequest,
     orthonormalize: Callable[[jax.Array, jax.Array], _Orthonormal],
 ) -> _Orthonormal:
     """Makes rows orthonormal in the order of descending Rayleigh quotients.
 
     Afterwards each row returns to the place where it stood. Coordinates thereby keep
-    their identity, and statistics that are kept per coordinate stay valid.
+    their identity, and statistics that are kept per coordinate stay valid. A row of
+    which hardly anything is orthogonal to the rows before it continues with round-off,
+    and is null from then on.
 
     Args:
       step: power step, whose rows are taken unless the factors are decomposed.
       factors: factors, `[n, ..., b, b]`.
       wanted: whether each matrix is wanted, `[n, ...]`.
-      decompose: whether to take the eigenvectors of the factors, in the order of their
-        eigenvalues, in place of the rows of the power step.
+      request: whether to take the eigenvectors of the factors, in the order of their
+        eigenvalues, in place of the rows of the power step; and the precision.
       orthonormalize: makes each row orthogonal to the rows before it, and of length 1.
 
     Returns:
@@ -338,6 +340,7 @@ def _ranked(
     """
     order = jnp.argsort(step.quotients, axis=-1, descending=True)
     operands = (step, factors, order)
+    decompose = request.decompose
     if decompose is None:
         rows, is_null = _sorted(*operands)
     elif decompose is True:
@@ -345,6 +348,7 @@ def _ranked(
     else:
         rows, is_null = jax.lax.cond(decompose, _eigenvectors, _sorted, *operands)
     rows, sizes = orthonormalize(rows, wanted)
+    is_null |= sizes <= _null_share(factors, request.precision)
     place = jnp.argsort(order, axis=-1)
     sizes = jnp.take_along_axis(jnp.where(is_null, 0, sizes), place, axis=-1)
     return _take_rows(rows, place), sizes
