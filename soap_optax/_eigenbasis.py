@@ -33,6 +33,9 @@ from soap_optax.refresh._stacks import Bases
 # `clip_update_rms` bounds what they do.
 _FIRST_RAISE = 4
 
+# The default of `rcond`, in machine epsilons of the coarsest rounding in play.
+_RCOND = 0.01
+
 _PerLeaf = list[list[Any]]  # For each parameter it has an array or None per axis.
 
 
@@ -130,11 +133,14 @@ class Inner:
       words: what the user says about the arrays in the transformation's state.
       follows: whether the eigenvalues follow the gradients between refreshes. If not,
         they stay those of the last refresh.
+      rounds: whether updates have the dtype of the gradients. If not, they have that of
+        the computation.
     """
 
     make: Callable[[Sequence[Leaf], _PerLeaf], optax.GradientTransformationExtraArgs]
     words: Words = Words()  # noqa: RUF009, because a tuple does not change
     follows: bool = True
+    rounds: bool = True
 
 
 def make_transformation(
@@ -179,9 +185,10 @@ def make_transformation(
             new = run.accumulate(new)
             steps, new = run.refresh(steps, new)
         new = new._replace(count=optax.safe_increment(state.count))
-        pairs = zip(steps, plan.arrays, strict=True)
-        new_updates = [step.astype(gradient.dtype) for step, gradient in pairs]
-        return plan.treedef.unflatten(new_updates), _state.nested(plan, new)
+        if inner.rounds:
+            pairs = zip(steps, plan.arrays, strict=True)
+            steps = [step.astype(gradient.dtype) for step, gradient in pairs]
+        return plan.treedef.unflatten(steps), _state.nested(plan, new)
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
@@ -329,6 +336,7 @@ class _Update:
                     state.eigenbases[i],
                     state.eigenvalues[i],
                     leaf.layout,
+                    self._rcond(leaf, array, state.eigenbases[i]),
                     precision,
                 )
             new = _kronecker.accumulate(
@@ -431,11 +439,13 @@ class _Update:
             leaf.layout,
             self.options["precision"],
         )
-        resolved = _kronecker.without_round_off(coordinates, energies, leaf.layout)
+        eps = self._eps(leaf, eigenbases)
+        resolved = _kronecker.without_round_off(coordinates, energies, leaf.layout, eps)
         coordinates = jnp.where(is_first, resolved, coordinates)
         if self.options["factors"] == "kl":
+            rcond = self._rcond(leaf, array, eigenbases)
             energies = _kronecker.whitened_energies(
-                coordinates, eigenvalues, leaf.layout
+                coordinates, eigenvalues, leaf.layout, rcond
             )
         if self.inner.follows:
             eigenvalues = _kronecker.follow(eigenvalues, energies, weight)
@@ -444,11 +454,26 @@ class _Update:
         coordinates = _placement.like_parameter(coordinates, leaf)
         return _apart_from_blocks(coordinates, leaf), eigenvalues
 
-    def _eps(self, leaf: Leaf, gradient: jax.Array, eigenbases: Any) -> Any:
-        """The machine epsilon of the coarsest rounding of what an update comes from."""
-        dtypes = [q.dtype for q in eigenbases if q is not None]
-        precision = self.options["precision"]
-        return coarsest_eps(leaf.dtype, gradient.dtype, *dtypes, precision=precision)
+    def _eps(self, leaf: Leaf, eigenbases: Any, *more: jax.Array) -> Any:
+        """The machine epsilon of the coarsest rounding of eigenbases and other arrays.
+
+        Factors and eigenbases have the same dtype.
+        """
+        arrays = [array for array in (*eigenbases, *more) if array is not None]
+        dtypes = [leaf.dtype, *(array.dtype for array in arrays)]
+        return coarsest_eps(*dtypes, precision=self.options["precision"])
+
+    def _rcond(self, leaf: Leaf, gradient: jax.Array, eigenbases: Any) -> Any:
+        """The share of the largest eigenvalue under which one counts as round-off.
+
+        Eigenvalues are squares of gradients. The default therefore concerns directions
+        whose gradients are 30,000 times smaller than the largest if all is in float32,
+        and 100 times if anything is rounded to bfloat16.
+        """
+        given: Any = self.options["rcond"]
+        if given is None:
+            return _RCOND * self._eps(leaf, eigenbases, gradient)
+        return given
 
     def _projected_params(self, state: EigenbasisState) -> Any:
         """The tree of the coordinates of the parameters, or None without parameters."""
@@ -478,10 +503,10 @@ class _Update:
         """Damps an inner update, projects it back and clips it."""
         leaf, gradient = of_array
         options, layout = self.options, leaf.layout
-        eps = self._eps(leaf, gradient, eigenbases)
+        rcond = self._rcond(leaf, gradient, eigenbases)
         limit = options["clip_update_rms"]
         update = _placement.for_blocks(_apart_from_blocks(update, leaf), leaf)
-        update = _kronecker.damp(update, eigenvalues, layout, options["rcond"], eps)
+        update = _kronecker.damp(update, eigenvalues, layout, rcond)
         step = _kronecker.project_back(update, eigenbases, layout, options["precision"])
         if layout.has_factors and limit is not None:
             step = _kronecker.clip_rms(step, layout, limit)

@@ -43,10 +43,9 @@ from soap_optax.parameters._layout import Layout
 
 PerAxis = Sequence[jax.Array | None]
 
-# The default of `rcond`, in machine epsilons of the coarsest rounding in play.
-_RCOND = 0.01
-# What is at most this many units of round-off is hidden; see `without_round_off`.
-_RESOLUTION = 100
+# What is at most this many machine epsilons is hidden, those of the computation or those
+# of coarser rounding of what the eigenbases come from; see `without_round_off`.
+_RESOLUTION, _COARSE_RESOLUTION = 100, 1
 # A refresh leaves no larger ratio of a first moment to the root of its second moment,
 # unless there was a larger one before. See `_raised`.
 _LARGEST_RATIO = 1.5
@@ -96,6 +95,7 @@ def whiten(
     eigenbases: PerAxis,
     eigenvalues: PerAxis,
     layout: Layout,
+    rcond: Any,
     precision: Any,
 ) -> list[jax.Array]:
     """For each axis i, the gradient whitened along all other axes.
@@ -104,7 +104,7 @@ def whiten(
     KL-SOAP accumulates its Gram matrix along axis i. So each factor is weighted by the
     inverses of the others, as in Lin et al., https://arxiv.org/abs/2509.03378.
     """
-    scales = _whitening(gradient, eigenvalues, layout)
+    scales = _whitening(gradient, eigenvalues, layout, rcond)
 
     def one(i: int) -> jax.Array:
         projected = project(gradient, _but(eigenbases, i), layout, precision)
@@ -114,10 +114,10 @@ def whiten(
 
 
 def whitened_energies(
-    coordinates: jax.Array, eigenvalues: PerAxis, layout: Layout
+    coordinates: jax.Array, eigenvalues: PerAxis, layout: Layout, rcond: Any
 ) -> list[jax.Array | None]:
     """For each axis i, the energies of what `whiten` gives, along eigenvectors of i."""
-    scales = _whitening(coordinates, eigenvalues, layout)
+    scales = _whitening(coordinates, eigenvalues, layout, rcond)
 
     def one(i: int) -> jax.Array | None:
         if eigenvalues[i] is None:
@@ -129,7 +129,7 @@ def whitened_energies(
 
 
 def _whitening(
-    array: jax.Array, eigenvalues: PerAxis, layout: Layout
+    array: jax.Array, eigenvalues: PerAxis, layout: Layout, rcond: Any
 ) -> list[jax.Array | None]:
     """(b_j e_j)^-1/2 for each axis j with a factor, `[grid…, b]`; 0 where e_j is 0.
 
@@ -148,21 +148,26 @@ def _whitening(
     def one(values: jax.Array | None) -> jax.Array | None:
         if values is None:
             return None
-        known = _floored(values.astype(array.dtype), start)
+        known = _floored(values.astype(array.dtype), start, rcond)
         safe = jnp.where(known > 0, known, 1)
         return jnp.where(known > 0, (safe * values.shape[-1]) ** -0.5, 0)
 
     return [one(values) for values in eigenvalues]
 
 
-def _floored(eigenvalues: jax.Array, start: jax.Array) -> jax.Array:
+def _floored(eigenvalues: jax.Array, start: jax.Array, rcond: Any) -> jax.Array:
     """Raises eigenvalues to `_KL_FLOOR` of their mean, or to `start` if all are 0.
 
     Without this, a gradient in a direction that had none before would make the other
-    factors forget all earlier gradients.
+    factors forget all earlier gradients. Eigenvalues that are round-off, up to `rcond`
+    of the largest one, are raised to the largest one, because their inverses would fill
+    the other factors with round-off.
     """
     mean = jnp.mean(eigenvalues, axis=-1, keepdims=True)
-    return jnp.where(mean > 0, jnp.maximum(eigenvalues, _KL_FLOOR * mean), start)
+    largest = jnp.max(eigenvalues, axis=-1, keepdims=True)
+    raised = jnp.maximum(eigenvalues, _KL_FLOOR * mean)
+    raised = jnp.where(eigenvalues < rcond * largest, largest, raised)
+    return jnp.where(mean > 0, raised, start)
 
 
 def bounded(array: jax.Array) -> jax.Array:
@@ -202,7 +207,7 @@ def project_and_measure(
 
 
 def without_round_off(
-    coordinates: jax.Array, energies: PerAxis, layout: Layout
+    coordinates: jax.Array, energies: PerAxis, layout: Layout, eps: Any
 ) -> jax.Array:
     """Zeros what round-off hides of a gradient in eigenbases that come from it alone.
 
@@ -215,6 +220,7 @@ def without_round_off(
       coordinates: coordinates of the gradient.
       energies: its energies at each index of each axis with a factor, `[grid…, b]`.
       layout: layout of the parameter.
+      eps: machine epsilon of the coarsest rounding of factors and eigenbases.
     """
     known = [energy for energy in energies if energy is not None]
     if not known:
@@ -228,7 +234,8 @@ def without_round_off(
         if energy is not None
     ]
     sizes = jnp.abs(blocks) / jnp.expand_dims(scale, layout.within)
-    threshold = _RESOLUTION * float(jnp.finfo(blocks.dtype).eps)
+    of_dtype = _RESOLUTION * float(jnp.finfo(blocks.dtype).eps)
+    threshold = jnp.maximum(of_dtype, _COARSE_RESOLUTION * eps).astype(sizes.dtype)
     is_hidden = sizes * functools.reduce(jnp.minimum, singular) < threshold
     return layout.from_blocks(jnp.where(is_hidden, 0, blocks), coordinates)
 
@@ -359,18 +366,13 @@ def follow(
 
 
 def damp(
-    array: jax.Array, eigenvalues: PerAxis, layout: Layout, rcond: Any, eps: Any
+    array: jax.Array, eigenvalues: PerAxis, layout: Layout, rcond: Any
 ) -> jax.Array:
     """Multiplies each index of an axis by r^2 / (r^2 + rcond^2), where r = e / e_max.
 
     Where the gradient has nothing but the round-off of its projection, an elementwise
-    transformation like Adam would scale it up to full-size steps. Eigenvalues are
-    squares of gradients. The default `rcond`, 0.01 of the machine epsilon, therefore
-    damps directions whose gradients are (in float32) 30,000 times smaller than the
-    largest.
+    transformation like Adam would scale it up to full-size steps.
     """
-    if rcond is None:
-        rcond = _RCOND * eps
     if isinstance(rcond, (int, float)) and rcond == 0:
         return array
     if all(eigenvalue is None for eigenvalue in eigenvalues):
@@ -511,19 +513,20 @@ def _mean(old: jax.Array, new: jax.Array, weight: jax.typing.ArrayLike) -> jax.A
 
 
 def _rounded(array: jax.Array, dtype: Any, count: jax.Array) -> jax.Array:
-    """Rounds an array to a dtype, to bfloat16 up or down in turns.
+    """Rounds a moving average to a dtype, and to bfloat16 up or down in turns.
 
-    To round a moving average to the nearest number would stop it where a step moves it
-    by less than half a unit in the last place: bfloat16 has 8 digits, and the weight of
-    a step can be below 2^-8. So a share of a unit is added before the rest is cut off.
-    The shares of successive steps are the multiples of the golden ratio, modulo 1, which
-    fill the interval evenly. An entry is then rounded up as often as it is near to the
-    number above it. No random numbers are needed, and equal entries stay equal.
+    To round it to the nearest number would stop it where a step moves it by less than
+    half a unit in the last place: bfloat16 has 8 binary digits, and the weight of a
+    step can be below 2^-8. A share of a unit is therefore added to the magnitude, and
+    what lies below the last place is cut off. The shares of successive steps are the
+    multiples of the golden ratio, modulo 1, which fill the interval evenly. So the
+    nearer an entry is to the number above it, the more often it is rounded to it. No
+    random numbers are needed, and equal entries stay equal.
     """
-    if jnp.finfo(dtype).bits >= 32:
+    if dtype != jnp.bfloat16:
         return array.astype(dtype)
     bits = jax.lax.bitcast_convert_type(array.astype(jnp.float32), jnp.uint32)
-    share = (count.astype(jnp.uint32) * 40503) & 0xFFFF  # This is 2^16 golden ratios.
+    share = (count.astype(jnp.uint32) * 40503) & 0xFFFF  # 40503 is 2^16 / 1.618.
     kept = ((bits + share) >> 16).astype(jnp.uint16)
     return jax.lax.bitcast_convert_type(kept, jnp.bfloat16)
 

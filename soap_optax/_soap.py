@@ -266,6 +266,7 @@ def check_adam(
         mu_dtype=(mu_dtype, _arguments.optional(_arguments.floating_dtype)),
         nesterov=(nesterov, _arguments.flag),
     )
+    _arguments.slowest_mean("b1", b1, mu_dtype, "mu_dtype")
 
 
 def nonzero(eps: Any) -> Any:

@@ -22,9 +22,9 @@ from soap_optax import _arguments
 from soap_optax._dtypes import at_least_float32, coarsest_eps, widest
 
 
-# An eigenvalue is round-off up to this many times the machine epsilon, as a share of the
-# largest one: of the computation, and of coarser rounding of a factor's entries.
-_NULL, _NULL_STORED = 10, 0.25
+# An eigenvalue is round-off up to this many machine epsilons, as a share of the largest
+# one: those of the computation, and those of coarser rounding of a factor's entries.
+_NULL, _COARSE_NULL = 10, 0.25
 
 
 class Refreshed(NamedTuple):
@@ -204,12 +204,14 @@ class PowerStep(NamedTuple):
         `[..., 1]`.
       off_diagonal: norm of the off-diagonal part of Q^T M Q over the norm of M,
         `[...]`.
+      null_share: share of the largest eigenvalue up to which an eigenvalue is round-off.
     """
 
     rows: jax.Array
     quotients: jax.Array
     largest: jax.Array
     off_diagonal: jax.Array
+    null_share: jax.Array
 
 
 def power_step(factors: jax.Array, eigenbases: jax.Array, precision: Any) -> PowerStep:
@@ -227,7 +229,8 @@ def power_step(factors: jax.Array, eigenbases: jax.Array, precision: Any) -> Pow
     largest = jnp.max(quotients, axis=-1, keepdims=True)
     largest = jnp.where(largest > 0, largest, 1)
     quotients, products = quotients / largest, products / largest[..., None]
-    is_null = quotients <= _null_share(factors, precision)
+    null_share = _null_share(factors, precision)
+    is_null = quotients <= null_share
     quotients = jnp.where(is_null, 0, quotients)
     norm = _norm(products)
     residual = _norm(products - quotients[..., None] * basis)
@@ -236,6 +239,7 @@ def power_step(factors: jax.Array, eigenbases: jax.Array, precision: Any) -> Pow
         quotients=quotients,
         largest=largest,
         off_diagonal=residual / jnp.where(norm > 0, norm, 1),
+        null_share=null_share,
     )
 
 
@@ -300,7 +304,7 @@ def _by_power_step(
     is_kept = wanted & ~to_do
 
     def finish() -> Refreshed:
-        rows, sizes = _ranked(step, factors, to_do, request, orthonormalize)
+        rows, sizes = _ranked(step, factors, to_do, request.decompose, orthonormalize)
         is_new = to_do & is_orthonormal(rows)
         values = jnp.where(to_do[..., None], sizes * step.largest, quotients)
         return Refreshed(_transposed(rows), values, is_new, is_kept)
@@ -317,7 +321,7 @@ def _ranked(
     step: PowerStep,
     factors: jax.Array,
     wanted: jax.Array,
-    request: RefreshRequest,
+    decompose: jax.Array | bool | None,
     orthonormalize: Callable[[jax.Array, jax.Array], _Orthonormal],
 ) -> _Orthonormal:
     """Makes rows orthonormal in the order of descending Rayleigh quotients.
@@ -331,8 +335,8 @@ def _ranked(
       step: power step, whose rows are taken unless the factors are decomposed.
       factors: factors, `[n, ..., b, b]`.
       wanted: whether each matrix is wanted, `[n, ...]`.
-      request: whether to take the eigenvectors of the factors, in the order of their
-        eigenvalues, in place of the rows of the power step; and the precision.
+      decompose: whether to take the eigenvectors of the factors, in the order of their
+        eigenvalues, in place of the rows of the power step.
       orthonormalize: makes each row orthogonal to the rows before it, and of length 1.
 
     Returns:
@@ -340,7 +344,6 @@ def _ranked(
     """
     order = jnp.argsort(step.quotients, axis=-1, descending=True)
     operands = (step, factors, order)
-    decompose = request.decompose
     if decompose is None:
         rows, is_null = _sorted(*operands)
     elif decompose is True:
@@ -348,7 +351,7 @@ def _ranked(
     else:
         rows, is_null = jax.lax.cond(decompose, _eigenvectors, _sorted, *operands)
     rows, sizes = orthonormalize(rows, wanted)
-    is_null |= sizes <= _null_share(factors, request.precision)
+    is_null |= sizes <= step.null_share
     place = jnp.argsort(order, axis=-1)
     sizes = jnp.take_along_axis(jnp.where(is_null, 0, sizes), place, axis=-1)
     return _take_rows(rows, place), sizes
@@ -372,7 +375,7 @@ def _eigenvectors(
     """
     matrix = at_least_float32(factors) / step.largest[..., None]
     values, vectors = (x[..., ::-1] for x in jnp.linalg.eigh(matrix))
-    is_null = values <= _null_share(factors) * values[..., :1]
+    is_null = values <= step.null_share * values[..., :1]
     columns = jnp.arange(order.shape[-1], dtype=order.dtype)
     columns = jnp.broadcast_to(columns, matrix.shape)
     identity = (order[..., None] == columns).astype(matrix.dtype)
@@ -454,18 +457,18 @@ def _norm(matrix: jax.Array) -> jax.Array:
     return jnp.sqrt(jnp.sum(jnp.square(matrix), axis=(-2, -1)))
 
 
-def _null_share(
-    factors: jax.Array, precision: Any = jax.lax.Precision.HIGHEST
-) -> jax.typing.ArrayLike:
+def _null_share(factors: jax.Array, precision: Any) -> jax.Array:
     """The share of the largest eigenvalue up to which an eigenvalue is round-off.
 
-    It follows from the dtype of the computation, in which all errors of a refresh are,
-    and from the rounding of the entries of the factors, by the dtype in which they are
-    stored or by products, if this is coarser.
+    Entries of the factors are rounded to the dtype in which they are stored and, in
+    products, as the precision says. Where this is coarser than the dtype of the
+    computation, a smaller multiple of it suffices, because the errors of many entries
+    cancel out.
     """
     dtype = widest(jnp.float32, factors.dtype)
+    of_dtype = _NULL * float(jnp.finfo(dtype).eps)
     eps = coarsest_eps(factors.dtype, precision=precision)
-    return jnp.maximum(_NULL * float(jnp.finfo(dtype).eps), _NULL_STORED * eps)
+    return jnp.maximum(of_dtype, _COARSE_NULL * eps).astype(dtype)
 
 
 def _take_rows(matrix: jax.Array, indices: jax.Array) -> jax.Array:
