@@ -34,6 +34,14 @@ def at_least_float32(array: jax.Array) -> jax.Array:
     return array.astype(widest(jnp.float32, array.dtype))
 
 
+def eps_of(dtype: Any) -> float:
+    """The machine epsilon of numbers as gradients have them, in a dtype.
+
+    Float16 counts as bfloat16, because numbers below 6e-5 have as few digits there.
+    """
+    return max(float(jnp.finfo(dtype).eps), _BFLOAT16 * (dtype == jnp.float16))
+
+
 def coarsest_eps(*dtypes: Any, precision: Any) -> Any:
     """The machine epsilon of the coarsest rounding in play.
 

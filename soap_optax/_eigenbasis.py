@@ -16,7 +16,8 @@ import jax.numpy as jnp
 import optax
 
 from soap_optax import _arguments, _kronecker, _moments, _state
-from soap_optax._dtypes import coarsest_eps
+from soap_optax._dtypes import coarsest_eps, eps_of
+from soap_optax._kronecker import RoundOff
 from soap_optax._moments import Words
 from soap_optax._options import EigenbasisOptions, takes
 from soap_optax._state import EigenbasisState
@@ -33,8 +34,9 @@ from soap_optax.refresh._stacks import Bases
 # `clip_update_rms` bounds what they do.
 _FIRST_RAISE = 4
 
-# The default of `rcond`, in machine epsilons of the coarsest rounding in play.
-_RCOND = 0.01
+# The default of `rcond`, in machine epsilons of the computation. The other two are for
+# coarser rounding, of gradients and of what is stored or multiplied.
+_RCOND, _GRADIENT, _STORED = 0.01, 2.0, 10.0
 
 _PerLeaf = list[list[Any]]  # For each parameter it has an array or None per axis.
 
@@ -336,7 +338,7 @@ class _Update:
                     state.eigenbases[i],
                     state.eigenvalues[i],
                     leaf.layout,
-                    self._rcond(leaf, array, state.eigenbases[i]),
+                    self._round_off(leaf, array, state.eigenbases[i]),
                     precision,
                 )
             new = _kronecker.accumulate(
@@ -443,9 +445,9 @@ class _Update:
         resolved = _kronecker.without_round_off(coordinates, energies, leaf.layout, eps)
         coordinates = jnp.where(is_first, resolved, coordinates)
         if self.options["factors"] == "kl":
-            rcond = self._rcond(leaf, array, eigenbases)
+            round_off = self._round_off(leaf, array, eigenbases)
             energies = _kronecker.whitened_energies(
-                coordinates, eigenvalues, leaf.layout, rcond
+                coordinates, eigenvalues, leaf.layout, round_off
             )
         if self.inner.follows:
             eigenvalues = _kronecker.follow(eigenvalues, energies, weight)
@@ -454,26 +456,33 @@ class _Update:
         coordinates = _placement.like_parameter(coordinates, leaf)
         return _apart_from_blocks(coordinates, leaf), eigenvalues
 
-    def _eps(self, leaf: Leaf, eigenbases: Any, *more: jax.Array) -> Any:
-        """The machine epsilon of the coarsest rounding of eigenbases and other arrays.
+    def _eps(self, leaf: Leaf, eigenbases: Any) -> Any:
+        """The machine epsilon of the coarsest rounding of factors and eigenbases.
 
-        Factors and eigenbases have the same dtype.
+        Both have the same dtype.
         """
-        arrays = [array for array in (*eigenbases, *more) if array is not None]
-        dtypes = [leaf.dtype, *(array.dtype for array in arrays)]
+        dtypes = [leaf.dtype, *(q.dtype for q in eigenbases if q is not None)]
         return coarsest_eps(*dtypes, precision=self.options["precision"])
 
-    def _rcond(self, leaf: Leaf, gradient: jax.Array, eigenbases: Any) -> Any:
-        """The share of the largest eigenvalue under which one counts as round-off.
+    def _round_off(self, leaf: Leaf, gradient: jax.Array, eigenbases: Any) -> RoundOff:
+        """Up to which share eigenvalues count as round-off, as the option rcond says.
 
-        Eigenvalues are squares of gradients. The default therefore concerns directions
-        whose gradients are 30,000 times smaller than the largest if all is in float32,
-        and 100 times if anything is rounded to bfloat16.
+        Eigenvalues are squares of gradients. By default, if all is in float32, the
+        share concerns directions whose gradients are 30,000 times smaller than the
+        largest.
         """
         given: Any = self.options["rcond"]
-        if given is None:
-            return _RCOND * self._eps(leaf, eigenbases, gradient)
-        return given
+        if given is not None:
+            return RoundOff(given)
+        of_largest = _RCOND * float(jnp.finfo(leaf.dtype).eps)
+        of_gradient = eps_of(gradient.dtype)
+        of_mean = _GRADIENT * of_gradient**2 * (of_gradient > eps_of(leaf.dtype))
+        eps = self._eps(leaf, eigenbases)
+        if isinstance(eps, float):
+            of_mean = max(of_mean, _STORED * eps**2 * (eps > eps_of(leaf.dtype)))
+        else:
+            of_mean = jnp.maximum(of_mean, _STORED * eps**2)
+        return RoundOff(of_largest, of_mean)
 
     def _projected_params(self, state: EigenbasisState) -> Any:
         """The tree of the coordinates of the parameters, or None without parameters."""
@@ -503,10 +512,10 @@ class _Update:
         """Damps an inner update, projects it back and clips it."""
         leaf, gradient = of_array
         options, layout = self.options, leaf.layout
-        rcond = self._rcond(leaf, gradient, eigenbases)
+        round_off = self._round_off(leaf, gradient, eigenbases)
         limit = options["clip_update_rms"]
         update = _placement.for_blocks(_apart_from_blocks(update, leaf), leaf)
-        update = _kronecker.damp(update, eigenvalues, layout, rcond)
+        update = _kronecker.damp(update, eigenvalues, layout, round_off)
         step = _kronecker.project_back(update, eigenbases, layout, options["precision"])
         if layout.has_factors and limit is not None:
             step = _kronecker.clip_rms(step, layout, limit)

@@ -53,6 +53,31 @@ _LARGEST_RATIO = 1.5
 _KL_FLOOR = 1e-3
 
 
+class RoundOff(NamedTuple):
+    """Up to which share of the largest eigenvalue an eigenvalue counts as round-off.
+
+    Attributes:
+      of_largest: the share of the largest eigenvalue.
+      of_mean: or the share of the mean eigenvalue, where this is more. Rounding of
+        relative size u spreads a share u^2 of a gradient's energy over all directions.
+    """
+
+    of_largest: Any
+    of_mean: Any = 0.0
+
+    def is_zero(self) -> bool:
+        """Says whether nothing counts as round-off, and this is static."""
+        return all(isinstance(x, (int, float)) and x == 0 for x in self)
+
+    def share(self, ratios: jax.Array) -> jax.Array:
+        """The share of the largest eigenvalue, from the eigenvalues over the largest."""
+        of_largest = jnp.asarray(self.of_largest, ratios.dtype)
+        if isinstance(self.of_mean, float) and self.of_mean == 0:
+            return of_largest
+        of_mean = jnp.asarray(self.of_mean, ratios.dtype)
+        return jnp.maximum(of_largest, of_mean * jnp.mean(ratios, -1, keepdims=True))
+
+
 def accumulate(
     factors: PerAxis,
     gradients: Sequence[jax.Array],
@@ -95,7 +120,7 @@ def whiten(
     eigenbases: PerAxis,
     eigenvalues: PerAxis,
     layout: Layout,
-    rcond: Any,
+    round_off: RoundOff,
     precision: Any,
 ) -> list[jax.Array]:
     """For each axis i, the gradient whitened along all other axes.
@@ -104,7 +129,7 @@ def whiten(
     KL-SOAP accumulates its Gram matrix along axis i. So each factor is weighted by the
     inverses of the others, as in Lin et al., https://arxiv.org/abs/2509.03378.
     """
-    scales = _whitening(gradient, eigenvalues, layout, rcond)
+    scales = _whitening(gradient, eigenvalues, layout, round_off)
 
     def one(i: int) -> jax.Array:
         projected = project(gradient, _but(eigenbases, i), layout, precision)
@@ -114,10 +139,10 @@ def whiten(
 
 
 def whitened_energies(
-    coordinates: jax.Array, eigenvalues: PerAxis, layout: Layout, rcond: Any
+    coordinates: jax.Array, eigenvalues: PerAxis, layout: Layout, round_off: RoundOff
 ) -> list[jax.Array | None]:
     """For each axis i, the energies of what `whiten` gives, along eigenvectors of i."""
-    scales = _whitening(coordinates, eigenvalues, layout, rcond)
+    scales = _whitening(coordinates, eigenvalues, layout, round_off)
 
     def one(i: int) -> jax.Array | None:
         if eigenvalues[i] is None:
@@ -129,7 +154,7 @@ def whitened_energies(
 
 
 def _whitening(
-    array: jax.Array, eigenvalues: PerAxis, layout: Layout, rcond: Any
+    array: jax.Array, eigenvalues: PerAxis, layout: Layout, round_off: RoundOff
 ) -> list[jax.Array | None]:
     """(b_j e_j)^-1/2 for each axis j with a factor, `[grid…, b]`; 0 where e_j is 0.
 
@@ -148,25 +173,27 @@ def _whitening(
     def one(values: jax.Array | None) -> jax.Array | None:
         if values is None:
             return None
-        known = _floored(values.astype(array.dtype), start, rcond)
+        known = _floored(values.astype(array.dtype), start, round_off)
         safe = jnp.where(known > 0, known, 1)
         return jnp.where(known > 0, (safe * values.shape[-1]) ** -0.5, 0)
 
     return [one(values) for values in eigenvalues]
 
 
-def _floored(eigenvalues: jax.Array, start: jax.Array, rcond: Any) -> jax.Array:
+def _floored(
+    eigenvalues: jax.Array, start: jax.Array, round_off: RoundOff
+) -> jax.Array:
     """Raises eigenvalues to `_KL_FLOOR` of their mean, or to `start` if all are 0.
 
     Without this, a gradient in a direction that had none before would make the other
-    factors forget all earlier gradients. Eigenvalues that are round-off, up to `rcond`
-    of the largest one, are raised to the largest one, because their inverses would fill
-    the other factors with round-off.
+    factors forget all earlier gradients. Eigenvalues that are round-off are raised to
+    the largest one, because their inverses would fill the other factors with round-off.
     """
     mean = jnp.mean(eigenvalues, axis=-1, keepdims=True)
     largest = jnp.max(eigenvalues, axis=-1, keepdims=True)
+    ratios = eigenvalues / jnp.where(largest > 0, largest, 1)
     raised = jnp.maximum(eigenvalues, _KL_FLOOR * mean)
-    raised = jnp.where(eigenvalues < rcond * largest, largest, raised)
+    raised = jnp.where(ratios < round_off.share(ratios), largest, raised)
     return jnp.where(mean > 0, raised, start)
 
 
@@ -366,14 +393,15 @@ def follow(
 
 
 def damp(
-    array: jax.Array, eigenvalues: PerAxis, layout: Layout, rcond: Any
+    array: jax.Array, eigenvalues: PerAxis, layout: Layout, round_off: RoundOff
 ) -> jax.Array:
-    """Multiplies each index of an axis by r^2 / (r^2 + rcond^2), where r = e / e_max.
+    """Multiplies each index of an axis by r^2 / (r^2 + c^2).
 
-    Where the gradient has nothing but the round-off of its projection, an elementwise
-    transformation like Adam would scale it up to full-size steps.
+    Here r = e / e_max, and c is the share of `round_off`. Where the gradient has
+    nothing but the round-off of its projection, an elementwise transformation like Adam
+    would scale it up to full-size steps.
     """
-    if isinstance(rcond, (int, float)) and rcond == 0:
+    if round_off.is_zero():
         return array
     if all(eigenvalue is None for eigenvalue in eigenvalues):
         return array
@@ -384,8 +412,8 @@ def damp(
         largest = jnp.max(eigenvalue, axis=-1, keepdims=True)
         ratio = jnp.maximum(eigenvalue, 0) / jnp.where(largest > 0, largest, 1)
         square = jnp.square(ratio)
-        total = square + jnp.square(jnp.asarray(rcond, ratio.dtype))
-        # Nothing is damped if no eigenvalue is known, or if `rcond` is 0.
+        total = square + jnp.square(round_off.share(ratio))
+        # Nothing is damped if no eigenvalue is known, or if the share is 0.
         is_known = (largest > 0) & (total > 0)
         return jnp.where(is_known, square / jnp.where(total > 0, total, 1), 1)
 
