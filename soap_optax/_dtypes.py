@@ -6,8 +6,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-# The machine epsilon of what each platform makes of float32 operands of a product, by
-# the documentation of `jax.lax.Precision`. With `HIGH` a TPU takes two terms of bfloat16.
+# The machine epsilon of what each platform makes of float32 operands of a product, as
+# the documentation of `jax.lax.Precision` says. With `HIGH` a TPU takes two terms of
+# bfloat16 for each operand.
 _BFLOAT16, _TENSORFLOAT32 = 2.0**-7, 2.0**-10
 _EPS_OF_PRECISION = {
     jax.lax.Precision.DEFAULT: {"tpu": _BFLOAT16, "default": _TENSORFLOAT32},
@@ -34,34 +35,35 @@ def at_least_float32(array: jax.Array) -> jax.Array:
     return array.astype(widest(jnp.float32, array.dtype))
 
 
-def eps_of(dtype: Any) -> float:
-    """The machine epsilon of numbers as gradients have them, in a dtype.
-
-    Float16 counts as bfloat16, because numbers below 6e-5 have as few digits there.
-    """
-    return max(float(jnp.finfo(dtype).eps), _BFLOAT16 * (dtype == jnp.float16))
-
-
 def coarsest_eps(*dtypes: Any, precision: Any) -> Any:
     """The machine epsilon of the coarsest rounding in play.
 
     Args:
-      *dtypes: dtypes to which arrays are rounded.
+      *dtypes: dtypes to which arrays are rounded. Float16 counts as bfloat16, because
+        numbers below 6e-5 have as few digits there.
       precision: precision of the products of these arrays, as in `jax.numpy.matmul`.
 
     Returns:
       A number, or a scalar array where it depends on the platform that computes.
     """
-    eps = max(float(jnp.finfo(dtype).eps) for dtype in dtypes)
+    has_float16 = any(dtype == jnp.float16 for dtype in dtypes)
+    least = _BFLOAT16 if has_float16 else 0.0
+    eps = max(least, *(float(jnp.finfo(dtype).eps) for dtype in dtypes))
     of_platform = _eps_of_operands(widest(jnp.float32, *dtypes), precision)
     finer = {name: max(eps, other) for name, other in of_platform.items()}
     if len({*finer.values()}) == 1:
         return finer["default"]
-    numbers = {
+    return _of_platform(tuple(finer.items()))
+
+
+@functools.partial(jax.jit, static_argnums=0, inline=True)
+def _of_platform(numbers: tuple[tuple[str, float], ...]) -> jax.Array:
+    """The number of the platform that computes, in one program for all eager steps."""
+    branches: dict[str, Any] = {
         name: functools.partial(jnp.asarray, number, jnp.float32)
-        for name, number in finer.items()
+        for name, number in numbers
     }
-    return jax.lax.platform_dependent(**numbers)
+    return jax.lax.platform_dependent(**branches)
 
 
 def _eps_of_operands(dtype: Any, precision: Any) -> dict[str, float]:
@@ -69,6 +71,8 @@ def _eps_of_operands(dtype: Any, precision: Any) -> dict[str, float]:
 
     It is 0 where operands are taken as they are.
     """
+    if precision is jax.lax.Precision.HIGHEST:
+        return {"default": 0.0}
     matrix = jax.ShapeDtypeStruct((1, 1), dtype)
     product = jax.make_jaxpr(lambda x: jax.lax.dot(x, x, precision=precision))(matrix)
     found = product.eqns[0].params["precision"]

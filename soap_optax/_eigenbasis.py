@@ -16,8 +16,8 @@ import jax.numpy as jnp
 import optax
 
 from soap_optax import _arguments, _kronecker, _moments, _state
-from soap_optax._dtypes import coarsest_eps, eps_of
-from soap_optax._kronecker import RoundOff
+from soap_optax._dtypes import coarsest_eps
+from soap_optax._kronecker import Moments, RoundOff
 from soap_optax._moments import Words
 from soap_optax._options import EigenbasisOptions, takes
 from soap_optax._state import EigenbasisState
@@ -25,7 +25,7 @@ from soap_optax.mesh import _mesh, _placement, _spread
 from soap_optax.parameters import _tree
 from soap_optax.parameters._tree import Leaf, Plan
 from soap_optax.refresh import _stacks
-from soap_optax.refresh._clock import Clock
+from soap_optax.refresh._clock import Clock, Due
 from soap_optax.refresh._methods import RefreshRequest, method_of
 from soap_optax.refresh._stacks import Bases
 
@@ -33,10 +33,6 @@ from soap_optax.refresh._stacks import Bases
 # come from three gradients or fewer there, so none is young among old ones, and
 # `clip_update_rms` bounds what they do.
 _FIRST_RAISE = 4
-
-# The default of `rcond`, in machine epsilons of the computation. The other two are for
-# coarser rounding, of gradients and of what is stored or multiplied.
-_RCOND, _GRADIENT, _STORED = 0.01, 2.0, 10.0
 
 _PerLeaf = list[list[Any]]  # For each parameter it has an array or None per axis.
 
@@ -133,15 +129,12 @@ class Inner:
       make: makes the transformation from the plans of the parameters and, in a list per
         parameter, the eigenvalues of each axis. It is called anew in each step.
       words: what the user says about the arrays in the transformation's state.
-      follows: whether the eigenvalues follow the gradients between refreshes. If not,
-        they stay those of the last refresh.
       rounds: whether updates have the dtype of the gradients. If not, they have that of
         the computation.
     """
 
     make: Callable[[Sequence[Leaf], _PerLeaf], optax.GradientTransformationExtraArgs]
     words: Words = Words()  # noqa: RUF009, because a tuple does not change
-    follows: bool = True
     rounds: bool = True
 
 
@@ -159,6 +152,7 @@ def make_transformation(
         plan = _tree.make_plan(params, options)
         for leaf in plan.leaves:
             _placement.warn_of_cut_blocks(leaf)
+        _placement.note_unknown_shardings(plan.leaves, options["params_sharding"])
         state = _state.start(plan, options, None)
         transformation = inner.make(plan.leaves, state.eigenvalues)
         inner_state = transformation.init(plan.widened())
@@ -181,9 +175,9 @@ def make_transformation(
         if options["basis"] == "current":
             new = run.accumulate(old)
             _, new = run.refresh([], new)
-            steps, new = run.step(new)
+            steps, new = run.step(new, run.weights(old, new))
         else:
-            steps, new = run.step_unless_first(old)
+            steps, new = run.step_unless_first(old, run.weights(old, old))
             new = run.accumulate(new)
             steps, new = run.refresh(steps, new)
         new = new._replace(count=optax.safe_increment(state.count))
@@ -268,18 +262,28 @@ class _Update:
             init=lambda: transformation.init(self.plan.widened()),
         )
 
-    def step(self, state: EigenbasisState) -> tuple[list[jax.Array], EigenbasisState]:
-        """Projects, runs the inner transformation and projects its updates back."""
+    def step(
+        self, state: EigenbasisState, weights: _PerLeaf
+    ) -> tuple[list[jax.Array], EigenbasisState]:
+        """Projects, runs the inner transformation and projects its updates back.
+
+        Args:
+          state: the state before the step.
+          weights: the weight of the gradient in the eigenvalues, which follow it, for
+            each axis of each parameter.
+        """
         plan = self.plan
         of_leaf = zip(
-            plan.arrays, plan.leaves, state.eigenbases, state.eigenvalues, strict=True
+            plan.arrays,
+            plan.leaves,
+            state.eigenbases,
+            state.eigenvalues,
+            weights,
+            strict=True,
         )
-        weight = self._weight(state)
         first = 1 if self.options["basis"] == "previous" else 0
         is_first = state.count == first
-        measured = [
-            self._project_and_follow(*entry, weight, is_first) for entry in of_leaf
-        ]
+        measured = [self._project_and_follow(*entry, is_first) for entry in of_leaf]
         eigenvalues = [values for _, values in measured]
         inner_updates, inner_state = self.inner.make(plan.leaves, eigenvalues).update(
             plan.treedef.unflatten(projected for projected, _ in measured),
@@ -288,15 +292,20 @@ class _Update:
             **self.extra_args,
         )
         updates = plan.treedef.flatten_up_to(inner_updates)
-        of_leaf = zip(
-            updates, self._of_arrays(), state.eigenbases, eigenvalues, strict=True
+        moved = zip(
+            updates,
+            plan.arrays,
+            plan.leaves,
+            state.eigenbases,
+            eigenvalues,
+            strict=True,
         )
-        steps = [self._project_back(*entry) for entry in of_leaf]
+        steps = [self._project_back(*entry) for entry in moved]
         kept = _kept(inner_state, state.inner_state)
         return steps, state._replace(eigenvalues=eigenvalues, inner_state=kept)
 
     def step_unless_first(
-        self, state: EigenbasisState
+        self, state: EigenbasisState, weights: _PerLeaf
     ) -> tuple[list[jax.Array], EigenbasisState]:
         """Takes a step unless it is the first, which only builds the eigenbases.
 
@@ -312,7 +321,7 @@ class _Update:
 
         def run(eigenvalues: Any, inner_state: Any) -> tuple[Any, Any, Any]:
             before = state._replace(eigenvalues=eigenvalues, inner_state=inner_state)
-            steps, after = self.step(before)
+            steps, after = self.step(before, weights)
             return steps, after.eigenvalues, after.inner_state
 
         operands = (state.eigenvalues, state.inner_state)
@@ -365,16 +374,20 @@ class _Update:
         )
         bases = Bases(state.eigenbases, state.eigenvalues, state.skipped, moments)
         refresh = self._planned_refresh(state)
+        leaves = tuple(self.plan.leaves)
         clock = Clock(options["precondition_frequency"], options["stagger"])
         slots = len(refresh.slots)
-        begin, end = clock.due(state.count, slots)
-        is_due = jnp.less(begin, end)
+        due = clock.due(state.count, slots)
+        is_due = due.is_any()
         if isinstance(is_due, jax.core.Tracer):
             bases, steps = _in_place_if(
-                is_due, lambda bases: refresh.run(bases, begin, end), bases, steps
+                is_due,
+                lambda bases: _refreshed(leaves, refresh, bases, due),
+                bases,
+                steps,
             )
         elif is_due:
-            bases = _compiled_refresh(refresh, bases, begin, end)
+            bases = _compiled_refresh(leaves, refresh, bases, due)
         refreshes = jnp.where(
             clock.begins(state.count, slots),
             optax.safe_increment(state.refreshes),
@@ -421,13 +434,37 @@ class _Update:
             return weight
         return weight / (1 - _power(beta, optax.safe_increment(state.count)))
 
+    def weights(self, old: EigenbasisState, new: EigenbasisState) -> _PerLeaf:
+        """The weight that the newest gradient has to get in each eigenvalue.
+
+        A refresh takes eigenvalues from factors that have this gradient in them. There
+        the weight is 0, so that no gradient counts twice. Eigenvalues of a block that
+        no refresh has changed follow the gradient, also where a refresh failed.
+
+        Args:
+          old: the state before this update.
+          new: the state before the step, in which eigenvalues may be refreshed.
+        """
+        weight = self._weight(old)
+
+        def one(old: Any, new: Any) -> Any:
+            if old is new:  # There was no refresh, or there is no factor.
+                return weight
+            is_refreshed = jnp.any(old != new, axis=-1, keepdims=True)
+            return jnp.where(is_refreshed, 0, weight)
+
+        is_array_or_none = lambda node: not isinstance(node, list)  # noqa: E731
+        return jax.tree.map(
+            one, old.eigenvalues, new.eigenvalues, is_leaf=is_array_or_none
+        )
+
     def _project_and_follow(
         self,
         array: jax.Array,
         leaf: Leaf,
         eigenbases: Any,
         eigenvalues: Any,
-        weight: jax.typing.ArrayLike,
+        weights: Sequence[Any],
         is_first: jax.typing.ArrayLike,
     ) -> tuple[jax.Array, list[Any]]:
         """The coordinates of a gradient, and the eigenvalues, which follow it.
@@ -441,7 +478,7 @@ class _Update:
             leaf.layout,
             self.options["precision"],
         )
-        eps = self._eps(leaf, eigenbases)
+        eps = self._eps(leaf, *eigenbases)
         resolved = _kronecker.without_round_off(coordinates, energies, leaf.layout, eps)
         coordinates = jnp.where(is_first, resolved, coordinates)
         if self.options["factors"] == "kl":
@@ -449,40 +486,23 @@ class _Update:
             energies = _kronecker.whitened_energies(
                 coordinates, eigenvalues, leaf.layout, round_off
             )
-        if self.inner.follows:
-            eigenvalues = _kronecker.follow(eigenvalues, energies, weight)
+        eigenvalues = _kronecker.follow(eigenvalues, energies, weights)
         if leaf.layout.has_factors:
             coordinates = _kronecker.bounded(coordinates)
         coordinates = _placement.like_parameter(coordinates, leaf)
         return _apart_from_blocks(coordinates, leaf), eigenvalues
 
-    def _eps(self, leaf: Leaf, eigenbases: Any) -> Any:
-        """The machine epsilon of the coarsest rounding of factors and eigenbases.
-
-        Both have the same dtype.
-        """
-        dtypes = [leaf.dtype, *(q.dtype for q in eigenbases if q is not None)]
+    def _eps(self, leaf: Leaf, *arrays: jax.Array | None) -> Any:
+        """The machine epsilon of the coarsest rounding of arrays and their products."""
+        dtypes = [leaf.dtype, *(array.dtype for array in arrays if array is not None)]
         return coarsest_eps(*dtypes, precision=self.options["precision"])
 
     def _round_off(self, leaf: Leaf, gradient: jax.Array, eigenbases: Any) -> RoundOff:
-        """Up to which share eigenvalues count as round-off, as the option rcond says.
-
-        Eigenvalues are squares of gradients. By default, if all is in float32, the
-        share concerns directions whose gradients are 30,000 times smaller than the
-        largest.
-        """
+        """Which eigenvalues count as round-off; factors have the bases' dtypes."""
         given: Any = self.options["rcond"]
         if given is not None:
             return RoundOff(given)
-        of_largest = _RCOND * float(jnp.finfo(leaf.dtype).eps)
-        of_gradient = eps_of(gradient.dtype)
-        of_mean = _GRADIENT * of_gradient**2 * (of_gradient > eps_of(leaf.dtype))
-        eps = self._eps(leaf, eigenbases)
-        if isinstance(eps, float):
-            of_mean = max(of_mean, _STORED * eps**2 * (eps > eps_of(leaf.dtype)))
-        else:
-            of_mean = jnp.maximum(of_mean, _STORED * eps**2)
-        return RoundOff(of_largest, of_mean)
+        return RoundOff.of(leaf.dtype, self._eps(leaf, gradient, *eigenbases))
 
     def _projected_params(self, state: EigenbasisState) -> Any:
         """The tree of the coordinates of the parameters, or None without parameters."""
@@ -505,12 +525,12 @@ class _Update:
     def _project_back(
         self,
         update: jax.Array,
-        of_array: tuple[Leaf, jax.Array],
+        gradient: jax.Array,
+        leaf: Leaf,
         eigenbases: Any,
         eigenvalues: Any,
     ) -> jax.Array:
         """Damps an inner update, projects it back and clips it."""
-        leaf, gradient = of_array
         options, layout = self.options, leaf.layout
         round_off = self._round_off(leaf, gradient, eigenbases)
         limit = options["clip_update_rms"]
@@ -539,15 +559,62 @@ def _power(base: jax.typing.ArrayLike, exponent: jax.Array) -> jax.Array:
     return jnp.asarray(base**exponent)
 
 
-@jax.jit
-def _compiled_refresh(
-    refresh: _stacks.Refresh | _spread.SpreadRefresh, bases: Bases, begin: Any, end: Any
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
+def _refreshed(
+    leaves: tuple[Leaf, ...],
+    refresh: _stacks.Refresh | _spread.SpreadRefresh,
+    bases: Bases,
+    due: Due,
 ) -> Bases:
-    """Refreshes in a step that is not traced, and compiles once for all such steps.
+    """Refreshes the bases. Derivatives are those of a refresh whose results are fixed.
 
-    Without this, JAX would compile the branches of conditionals anew in each step.
+    The derivatives of decompositions do not exist where eigenvalues are equal, and only
+    the first moments that turn with the eigenbases matter for what a step does.
     """
-    return refresh.run(bases, begin, end)
+    return refresh.run(bases, due)
+
+
+@_refreshed.defjvp
+def _derivative(
+    leaves: tuple[Leaf, ...], primals: tuple[Any, ...], tangents: tuple[Any, ...]
+) -> tuple[Bases, Bases]:
+    refresh, old, due = primals
+    new, tangent = _refreshed(leaves, refresh, old, due), tangents[1]
+
+    def turned(i: int) -> list[Moments]:
+        """The derivatives of moments are those of their change of basis."""
+        leaf, bases = leaves[i], (old.eigenbases[i], new.eigenbases[i])
+        is_new = jax.tree.map(lambda a, b: jnp.any(a != b, (-2, -1)), *bases)
+
+        def change(moments: list[Moments]) -> list[Moments]:
+            placed = jax.tree.map(lambda m: _placement.for_blocks(m, leaf), moments)
+            changed, _ = _kronecker.change_basis(
+                placed,
+                *bases,
+                is_new,
+                refresh.raises,
+                leaf.layout,
+                refresh.request.precision,
+            )
+            return jax.tree.map(lambda m: _placement.like_parameter(m, leaf), changed)
+
+        return jax.jvp(change, (old.moments[i],), (tangent.moments[i],))[1]
+
+    def fixed(new: jax.Array, old: jax.Array, tangent: jax.Array) -> jax.Array:
+        """What the refresh did not change keeps its derivative."""
+        return jnp.where(new == old, tangent, 0)
+
+    return new, Bases(
+        jax.tree.map(fixed, new.eigenbases, old.eigenbases, tangent.eigenbases),
+        jax.tree.map(fixed, new.eigenvalues, old.eigenvalues, tangent.eigenvalues),
+        tangent.skipped,
+        [turned(i) for i in range(len(leaves))],
+    )
+
+
+# A step that is not traced refreshes by this function, which is compiled once for all
+# such steps. Without it, JAX would compile the branches of conditionals in each step.
+_compiled_refresh = jax.jit(_refreshed, static_argnums=0)
 
 
 def _in_place_if(

@@ -58,9 +58,9 @@ def scale_by_factorized_adam(
         if leaf.layout.has_factors:
             root = _kronecker.rank_one(means, moment, leaf.layout)
         else:
-            root = jnp.sqrt(means[0])
+            root = _kronecker.safe_root(means[0])
         if not (isinstance(eps_root, (int, float)) and eps_root == 0):
-            root = jnp.sqrt(jnp.square(root) + eps_root)
+            root = _kronecker.safe_root(jnp.square(root) + eps_root)
         return moment / (root + eps)
 
     def init_fn(params: optax.Params) -> FactorizedAdamState:

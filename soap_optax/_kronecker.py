@@ -43,8 +43,11 @@ from soap_optax.parameters._layout import Layout
 
 PerAxis = Sequence[jax.Array | None]
 
-# What is at most this many machine epsilons is hidden, those of the computation or those
-# of coarser rounding of what the eigenbases come from; see `without_round_off`.
+# The shares of `RoundOff.of`, in machine epsilons of the computation and in squares of
+# the machine epsilon of coarser rounding.
+_RCOND, _COARSE_RCOND = 0.01, 5
+# What is at most this many machine epsilons is hidden: those of the computation, and
+# those of coarser rounding of factors and eigenbases. See `without_round_off`.
 _RESOLUTION, _COARSE_RESOLUTION = 100, 1
 # A refresh leaves no larger ratio of a first moment to the root of its second moment,
 # unless there was a larger one before. See `_raised`.
@@ -58,19 +61,35 @@ class RoundOff(NamedTuple):
 
     Attributes:
       of_largest: the share of the largest eigenvalue.
-      of_mean: or the share of the mean eigenvalue, where this is more. Rounding of
-        relative size u spreads a share u^2 of a gradient's energy over all directions.
+      of_mean: a share of the mean eigenvalue, which counts where it is more.
     """
 
     of_largest: Any
     of_mean: Any = 0.0
 
+    @classmethod
+    def of(cls, dtype: Any, eps: Any) -> "RoundOff":
+        """What counts as round-off by default.
+
+        Eigenvalues are squares of gradients. If all is in float32, directions whose
+        gradients are 30,000 times smaller than the largest count as round-off. Coarser
+        rounding spreads a share of about eps^2 of a gradient's energy evenly over all
+        directions, so that it is a share of the mean eigenvalue.
+
+        Args:
+          dtype: dtype of the computation.
+          eps: machine epsilon of the coarsest rounding in play.
+        """
+        of_dtype = float(jnp.finfo(dtype).eps)
+        is_coarser = not (isinstance(eps, float) and eps <= of_dtype)
+        return cls(_RCOND * of_dtype, _COARSE_RCOND * eps**2 if is_coarser else 0.0)
+
     def is_zero(self) -> bool:
-        """Says whether nothing counts as round-off, and this is static."""
-        return all(isinstance(x, (int, float)) and x == 0 for x in self)
+        """Says whether it is known that nothing counts as round-off."""
+        return all(isinstance(share, (int, float)) and share == 0 for share in self)
 
     def share(self, ratios: jax.Array) -> jax.Array:
-        """The share of the largest eigenvalue, from the eigenvalues over the largest."""
+        """The share, from the eigenvalues over the largest one, `[grid…, b]`."""
         of_largest = jnp.asarray(self.of_largest, ratios.dtype)
         if isinstance(self.of_mean, float) and self.of_mean == 0:
             return of_largest
@@ -83,7 +102,7 @@ def accumulate(
     gradients: Sequence[jax.Array],
     layout: Layout,
     weight: jax.typing.ArrayLike,
-    count: jax.Array,
+    count: jax.typing.ArrayLike,
     precision: Any,
 ) -> list[jax.Array | None]:
     """Moves each factor by `weight` towards the Gram matrix of its gradient.
@@ -168,14 +187,13 @@ def _whitening(
         return [None] * len(eigenvalues)
     array = at_least_float32(array)
     rows = mean_squares(array, layout)[0]
-    start = jnp.mean(rows, axis=-1, keepdims=True) ** (1 / count)
+    start = safe_power(jnp.mean(rows, axis=-1, keepdims=True), 1 / count)
 
     def one(values: jax.Array | None) -> jax.Array | None:
         if values is None:
             return None
         known = _floored(values.astype(array.dtype), start, round_off)
-        safe = jnp.where(known > 0, known, 1)
-        return jnp.where(known > 0, (safe * values.shape[-1]) ** -0.5, 0)
+        return safe_power(known * values.shape[-1], -0.5)
 
     return [one(values) for values in eigenvalues]
 
@@ -256,7 +274,7 @@ def without_round_off(
     largest = functools.reduce(jnp.maximum, [jnp.max(e, axis=-1) for e in known])
     scale = jnp.sqrt(jnp.where(largest > 0, largest, 1))
     singular = [
-        _along(jnp.sqrt(energy) / scale[..., None], axis, blocks, layout)
+        _along(safe_root(energy) / scale[..., None], axis, blocks, layout)
         for energy, axis in zip(energies, layout.axes, strict=True)
         if energy is not None
     ]
@@ -264,6 +282,8 @@ def without_round_off(
     of_dtype = _RESOLUTION * float(jnp.finfo(blocks.dtype).eps)
     threshold = jnp.maximum(of_dtype, _COARSE_RESOLUTION * eps).astype(sizes.dtype)
     is_hidden = sizes * functools.reduce(jnp.minimum, singular) < threshold
+    # Energies of 0 say nothing, because the squares of small gradients underflow.
+    is_hidden &= jnp.expand_dims(largest > 0, layout.within)
     return layout.from_blocks(jnp.where(is_hidden, 0, blocks), coordinates)
 
 
@@ -363,7 +383,7 @@ def _raised(
     values, old, new = map(
         layout.to_blocks, map(at_least_float32, (square, before, after))
     )
-    root = jnp.sqrt(values)
+    root = safe_root(values)
     ratios = jnp.where(root > 0, jnp.abs(old) / jnp.where(root > 0, root, 1), 0)
     largest = jnp.max(ratios, layout.axes[index], keepdims=True)
     is_known = largest > 0
@@ -375,21 +395,31 @@ def _raised(
 
 
 def follow(
-    eigenvalues: PerAxis, energies: PerAxis, weight: jax.typing.ArrayLike
+    eigenvalues: PerAxis, energies: PerAxis, weights: Sequence[Any]
 ) -> list[jax.Array | None]:
-    """Moves the eigenvalue estimates by `weight` towards the gradient's energies.
+    """Moves the eigenvalue estimates towards the gradient's energies.
 
-    While the eigenbases stay, the estimates then follow the Rayleigh quotients of the
-    factors. An estimate that would not stay finite is kept.
+    While the eigenbases stay, the estimates are then the Rayleigh quotients of the
+    factors. Like the factors, the estimates of a block stay as they are if the energy
+    of the gradient is not finite there.
+
+    Args:
+      eigenvalues: estimates of the eigenvalues.
+      energies: energies of the gradient along the eigenvectors.
+      weights: for each axis the weight of the gradient, `[]` or `[grid…, 1]`.
     """
 
-    def one(eigenvalue: jax.Array | None, energy: jax.Array | None) -> Any:
+    def one(
+        eigenvalue: jax.Array | None, energy: jax.Array | None, weight: Any
+    ) -> jax.Array | None:
         if eigenvalue is None or energy is None:
             return None
         mean = _mean(eigenvalue.astype(energy.dtype), energy, weight)
-        return jnp.where(jnp.isfinite(mean), mean.astype(eigenvalue.dtype), eigenvalue)
+        sound = jnp.isfinite(jnp.sum(energy, axis=-1, keepdims=True))
+        return jnp.where(sound, mean.astype(eigenvalue.dtype), eigenvalue)
 
-    return [one(*of_axis) for of_axis in zip(eigenvalues, energies, strict=True)]
+    of_axes = zip(eigenvalues, energies, weights, strict=True)
+    return [one(*of_axis) for of_axis in of_axes]
 
 
 def damp(
@@ -433,8 +463,7 @@ def root(
         if eigenvalue is None:
             return None
         shifted = eigenvalue + eps
-        safe = jnp.where(shifted > 0, shifted, 1)
-        return jnp.where(shifted > 0, safe**-power, 0)
+        return safe_power(shifted, -power)
 
     return _scale(array, list(map(one, eigenvalues)), layout)
 
@@ -461,7 +490,7 @@ def rank_one(means: Sequence[jax.Array], like: jax.Array, layout: Layout) -> jax
     for i, mean in enumerate(means):
         total = jnp.mean(mean, axis=-1, keepdims=True)
         ratio = mean if i == 0 else mean / jnp.where(total > 0, total, 1)
-        roots.append(jnp.sqrt(ratio))
+        roots.append(safe_root(ratio))
     return _scale(jnp.ones_like(like), roots, layout)
 
 
@@ -495,17 +524,43 @@ def clip_rms(
     # underflow and still farther from overflow.
     unit = 2.0**13 * float(jnp.finfo(blocks.dtype).tiny) ** 0.5
     squares = jnp.square(blocks * (unit / limit))
-    excess = jnp.sqrt(jnp.mean(squares, layout.within, keepdims=True)) / unit
+    excess = safe_root(jnp.mean(squares, layout.within, keepdims=True)) / unit
     clipped = layout.from_blocks(blocks / jnp.maximum(excess, 1), array)
     return clipped.astype(array.dtype)
 
 
 def graft(array: jax.Array, like: jax.Array, layout: Layout) -> jax.Array:
-    """Scales each block to the norm of the corresponding block of `like`."""
-    blocks, others = layout.to_blocks(array), layout.to_blocks(like)
-    norm, wanted = (jnp.sqrt(_energy(b, layout)) for b in (blocks, others))
-    scale = jnp.where(norm > 0, wanted / jnp.where(norm > 0, norm, 1), 0)
-    return layout.from_blocks(blocks * jnp.expand_dims(scale, layout.within), array)
+    """Scales each block to the norm of the corresponding block of `like`.
+
+    A block of zeros stays as it is. No norm underflows or overflows, because entries
+    are divided by the largest of their block before they are squared.
+    """
+
+    def divided(array: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """The blocks over their largest entries, the latter, and the norms left."""
+        blocks = layout.to_blocks(array)
+        largest = jnp.max(jnp.abs(blocks), layout.within, keepdims=True)
+        # What is left does not depend on this number, nor do derivatives.
+        largest = jax.lax.stop_gradient(jnp.where(largest > 0, largest, 1))
+        blocks = blocks / largest
+        norm = safe_root(_energy(blocks, layout))
+        return blocks, largest, jnp.expand_dims(norm, layout.within)
+
+    (blocks, _, norm), (_, largest, wanted) = divided(array), divided(like)
+    scaled = blocks * (wanted / jnp.where(norm > 0, norm, 1)) * largest
+    return layout.from_blocks(scaled, array)
+
+
+def safe_root(array: jax.Array) -> jax.Array:
+    """The root of an array, with the derivative 0 where the array is 0."""
+    is_zero = array == 0
+    return jnp.where(is_zero, 0, jnp.sqrt(jnp.where(is_zero, 1, array)))
+
+
+def safe_power(array: jax.Array, power: Any) -> jax.Array:
+    """A power of an array, or 0, with the derivative 0, where it is not positive."""
+    is_positive = array > 0
+    return jnp.where(is_positive, jnp.where(is_positive, array, 1) ** power, 0)
 
 
 def _is_finite(array: jax.Array, layout: Layout) -> jax.Array:
@@ -540,7 +595,7 @@ def _mean(old: jax.Array, new: jax.Array, weight: jax.typing.ArrayLike) -> jax.A
     return (1 - weight) * old + weight * new
 
 
-def _rounded(array: jax.Array, dtype: Any, count: jax.Array) -> jax.Array:
+def _rounded(array: jax.Array, dtype: Any, count: jax.typing.ArrayLike) -> jax.Array:
     """Rounds a moving average to a dtype, and to bfloat16 up or down in turns.
 
     To round it to the nearest number would stop it where a step moves it by less than
@@ -554,7 +609,7 @@ def _rounded(array: jax.Array, dtype: Any, count: jax.Array) -> jax.Array:
     if dtype != jnp.bfloat16:
         return array.astype(dtype)
     bits = jax.lax.bitcast_convert_type(array.astype(jnp.float32), jnp.uint32)
-    share = (count.astype(jnp.uint32) * 40503) & 0xFFFF  # 40503 is 2^16 / 1.618.
+    share = (jnp.asarray(count, jnp.uint32) * 40503) & 0xFFFF  # 40503 is 2^16 / 1.618.
     kept = ((bits + share) >> 16).astype(jnp.uint16)
     return jax.lax.bitcast_convert_type(kept, jnp.bfloat16)
 

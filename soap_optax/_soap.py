@@ -137,8 +137,8 @@ def soap(
         directions in which the second moment has not seen the spike.
       params_sharding: how the parameters are sharded over a mesh of devices with
         automatic axes: a tree of `jax.sharding.NamedSharding` like the parameters, or a
-        callable making it from them. Refreshes are then local where blocks lie within
-        shards, and spread over all devices elsewhere. Without it each factor is
+        callable making it from their shapes. Refreshes are then local where blocks lie
+        within shards, and spread over all devices elsewhere. Without it each factor is
         refreshed alone, as XLA sees fit. It is not needed on meshes with explicit axes,
         where the types of arrays contain it, and ignored inside `jax.shard_map`. See
         `state_sharding`.

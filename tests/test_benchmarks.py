@@ -26,5 +26,6 @@ def test_every_part_writes_its_table(tmp_path):
     assert len(tables["refreshes"]) == 5
     in_batches, leaf_by_leaf, *_ = tables["compiling"]
     assert (in_batches["qr"], leaf_by_leaf["qr"]) == ("3", "28")
+    assert [float(row["members"]) for row in tables["ensembles"]] == [8, 8]
     assert all(row["jax"] == jax.__version__ for t in tables.values() for row in t)
     assert (tmp_path / "bench_tiny_cpu_steps.png").stat().st_size > 0

@@ -144,7 +144,6 @@ def test_words_without_a_gradient_stay(make):
     assert moved[8:].max() <= 1e-5 * moved[:8].min()
 
 
-@pytest.mark.xfail(strict=True, reason="rare rows are bounded in another change")
 @of("pytorch/FBGEMM/issues/1545")
 def test_rare_words_get_bounded_updates():
     """Each batch has one word of the vocabulary; Adam's bound is 1 for an entry."""
@@ -176,7 +175,6 @@ def test_experts_without_tokens(make):
         assert_close(params[expert], expected)
 
 
-@pytest.mark.xfail(strict=True, reason="Shampoo's zero gradients are another change")
 @of("nanowell/AdEMAMix-Optimizer-Pytorch/pull/3")
 def test_shampoo_after_a_zero_gradient():
     """The first gradient of a factor of LoRA is zero, because the other one is."""
@@ -360,7 +358,6 @@ def test_vmap_of_the_optimizer_over_layers(make):
     assert_close(params, run(batched, start, gradients)[0])
 
 
-@pytest.mark.xfail(strict=True, reason="gradients that are alike are another change")
 @of("PaddlePaddle/PaddleScience/pull/1102")
 def test_the_first_steps_of_a_full_batch():
     """Where the first two gradients are one, round-off does not choose the update."""
@@ -465,7 +462,6 @@ def test_meta_gradients_of_the_learning_rate():
     np.testing.assert_allclose(derivative, difference, rtol=1e-6)
 
 
-@pytest.mark.xfail(strict=True, reason="derivatives are another change")
 @of("metaopt/torchopt/issues/26")
 def test_meta_gradients_of_the_parameters_are_finite():
     """Two inputs are always zero, so that a factor is singular."""

@@ -149,10 +149,10 @@ def test_chunks_are_as_if_alone(method, tolerance, initial):
     values = jnp.zeros(bases.shape[:-1], jnp.float32)
     none = jnp.zeros(len(bases), bool)
     start = Refreshed(bases, values, is_new=none, is_kept=none)
-    run = functools.partial(_stacks._refresh_chunk, METHODS[method], request)
+    run = functools.partial(_stacks._refresh_chunk, METHODS[method])
     alone, *others = (
         jax.jit(functools.partial(_stacks._in_chunks, run, chunk=chunk))(
-            matrices, wanted, start
+            request, matrices, wanted, start
         )
         for chunk in (1, 3, len(matrices))
     )
@@ -172,6 +172,29 @@ def test_chunks_are_as_if_alone(method, tolerance, initial):
             for part in (well_posed, *((i, ..., k) for i, k in largest.items())):
                 same = np.asarray(found)[part], np.asarray(expected)[part]
                 np.testing.assert_allclose(*same, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_what_is_asked_may_differ_between_matrices(method):
+    """As under `jax.vmap`: each is as if it were asked alone, in chunks that mix."""
+    rng = np.random.default_rng(0)
+    roots = jnp.asarray(rng.normal(size=(7, SIZE, SIZE)))
+    matrices = roots @ jnp.swapaxes(roots, 1, 2)
+    bases = jnp.broadcast_to(jnp.asarray(orthogonal(2)), matrices.shape)
+    decompose = jnp.arange(7) % 2 == 0
+    tolerance = jnp.where(jnp.arange(7) < 3, 0.0, 0.99)
+    none = jnp.zeros(7, bool)
+    start = Refreshed(bases, jnp.zeros(bases.shape[:-1]), is_new=none, is_kept=none)
+    run = functools.partial(_stacks._refresh_chunk, METHODS[method])
+    found = jax.jit(functools.partial(_stacks._in_chunks, run, chunk=3))(
+        RefreshRequest(decompose, tolerance), matrices, ~none, start
+    )
+    for i in range(7):
+        request = RefreshRequest(decompose[i], tolerance[i])
+        one = jax.tree.map(lambda x, i=i: x[i : i + 1], (matrices, ~none, start))
+        for x, expected in zip(found, jax.jit(run)(request, *one), strict=True):
+            np.testing.assert_allclose(x[i], expected[0], atol=1e-10)
+    np.testing.assert_array_equal(found.is_new, tolerance == 0)
 
 
 def trained_on_text():

@@ -26,6 +26,7 @@ from soap_optax.mesh import _mesh, _placement
 from soap_optax.parameters._layout import layout_of_factors
 from soap_optax.parameters._tree import Leaf
 from soap_optax.refresh import _stacks
+from soap_optax.refresh._clock import Due
 from soap_optax.refresh._methods import Refreshed, RefreshMethod, RefreshRequest
 from soap_optax.refresh._stacks import Bases, Refresh, Unit
 
@@ -237,8 +238,8 @@ class SpreadRefresh:
         """The numbers of the parameters in `members` that are spread."""
         return [i for i in members if i not in self.aligned]
 
-    def run(self, bases: Bases, begin: Any, end: Any) -> Bases:
-        """Refreshes the slots from `begin` to `end`; their first moments follow.
+    def run(self, bases: Bases, due: Due) -> Bases:
+        """Refreshes the slots that are due; their first moments follow.
 
         First moments of aligned parameters change basis on each device, slot by slot,
         when the eigenbases are overwritten. First moments of spread parameters change
@@ -252,12 +253,11 @@ class SpreadRefresh:
         refresh = _mesh.on_each_device(
             self._run_on_device,
             mesh=_mesh_of(self.leaves),
-            in_specs=(*[jax.P()] * 4, specs.eigenbases, specs),
+            in_specs=(*[jax.P()] * 3, specs.eigenbases, specs),
             out_specs=specs,
         )
-        due = jnp.asarray(begin), jnp.asarray(end)
         raises = jnp.asarray(self.raises)
-        new = refresh(*due, self.request, raises, list(self.factors), local)
+        new = refresh(due, self.request, raises, list(self.factors), local)
         moments = list(bases.moments)
         for i in self.aligned:
             moments[i] = new.moments[i]
@@ -265,15 +265,14 @@ class SpreadRefresh:
         for slot, members in enumerate(self.slots):
             if spread := self._spread(members):
                 adopt = functools.partial(self._adopt, spread)
-                adopt = self._if_due(slot, begin, end, adopt, lambda old, _: old)
-                adopted = adopt(bases.take(spread), new.take(spread))
+                adopt = self._if_due(slot, due, adopt, lambda old, *_: old)
+                adopted = adopt(bases.take(spread), new.take(spread), due.has(slot))
                 new = new.put(spread, adopted)
         return new
 
     def _run_on_device(
         self,
-        begin: jax.Array,
-        end: jax.Array,
+        due: Due,
         request: RefreshRequest,
         raises: jax.Array,
         factors: list[Any],
@@ -290,7 +289,7 @@ class SpreadRefresh:
         for exchange in self.exchanges:
             bring = functools.partial(_bring, exchange)
             none = functools.partial(_zeros_like_result, bring)
-            bring = self._if_due(exchange.slot, begin, end, bring, none)
+            bring = self._if_due(exchange.slot, due, bring, none)
             factor, brought = bring(factors, bases)
             layouts.append(layout_of_factors(*factor.shape[:2]))
             all_factors.append([factor])
@@ -304,13 +303,13 @@ class SpreadRefresh:
             raises,
             self._slots_on_device(),
         )
-        mine = refresh.run(mine, begin, end)
+        mine = refresh.run(mine, due)
         count = len(self.aligned)
         new = bases.put(self.aligned, mine.take(range(count)))
         for number, exchange in enumerate(self.exchanges, count):
             hand_back = functools.partial(_hand_back, exchange)
             keep = lambda new, _: new  # noqa: E731
-            hand_back = self._if_due(exchange.slot, begin, end, hand_back, keep)
+            hand_back = self._if_due(exchange.slot, due, hand_back, keep)
             new = hand_back(new, Bases(*(entries[number] for entries in mine)))
         return new
 
@@ -322,7 +321,9 @@ class SpreadRefresh:
             slots[exchange.slot].append(number)
         return tuple(map(tuple, slots))
 
-    def _adopt(self, members: Sequence[int], old: Bases, new: Bases) -> Bases:
+    def _adopt(
+        self, members: Sequence[int], old: Bases, new: Bases, is_due: jax.Array
+    ) -> Bases:
         """Changes the first moments of spread parameters to their new eigenbases.
 
         Where a first moment would not stay finite, the old eigenbasis stays.
@@ -331,7 +332,7 @@ class SpreadRefresh:
         def refreshed(basis: Any, eigenvalues: Any, skipped: Any, before: Any) -> Any:
             if basis is None:
                 return None
-            is_new = (skipped == before)[..., 0]
+            is_new = is_due & (skipped == before)[..., 0]
             return Refreshed(basis, eigenvalues, is_new, is_kept=~is_new)
 
         def adopt(leaf: Leaf, before: Bases, after: Bases) -> Bases:
@@ -349,6 +350,7 @@ class SpreadRefresh:
                 list(found),
                 leaf.layout,
                 before._replace(moments=whole),
+                is_due,
                 self.raises,
                 self.request.precision,
             )
@@ -363,11 +365,11 @@ class SpreadRefresh:
         adopted = [adopt(self.leaves[i], Bases(*a), Bases(*b)) for i, a, b in entries]
         return Bases(*map(list, zip(*adopted, strict=True)))
 
-    def _if_due(self, slot: int, begin: Any, end: Any, do: Any, keep: Any) -> Any:
+    def _if_due(self, slot: int, due: Due, do: Any, keep: Any) -> Any:
         """Chooses the function `do` if the slot is refreshed, and `keep` if not."""
         if len(self.slots) == 1:
             return do
-        is_due = jnp.logical_and(begin <= slot, slot < end).astype(jnp.int32)
+        is_due = due.has_for_any(slot).astype(jnp.int32)
         return lambda *operands: jax.lax.switch(is_due, [keep, do], *operands)
 
     def _specs(self, bases: Bases) -> Bases:

@@ -21,7 +21,6 @@ import numpy as np
 from soap_optax import _arguments
 from soap_optax._dtypes import at_least_float32, coarsest_eps, widest
 
-
 # An eigenvalue is round-off up to this many machine epsilons, as a share of the largest
 # one: those of the computation, and those of coarser rounding of a factor's entries.
 _NULL, _COARSE_NULL = 10, 0.25
@@ -204,7 +203,7 @@ class PowerStep(NamedTuple):
         `[..., 1]`.
       off_diagonal: norm of the off-diagonal part of Q^T M Q over the norm of M,
         `[...]`.
-      null_share: share of the largest eigenvalue up to which an eigenvalue is round-off.
+      null_share: share of the largest eigenvalue up to which one is round-off.
     """
 
     rows: jax.Array

@@ -33,6 +33,8 @@ from soap_optax import _kronecker
 from soap_optax._dtypes import at_least_float32
 from soap_optax.mesh import _mesh
 from soap_optax.parameters._layout import Layout
+from soap_optax.refresh import _members
+from soap_optax.refresh._clock import Due
 from soap_optax.refresh._methods import Refreshed, RefreshMethod, RefreshRequest
 
 # A refresh that is not staggered has at most `_SLOTS` slots, with factors of on average
@@ -40,10 +42,10 @@ from soap_optax.refresh._methods import Refreshed, RefreshMethod, RefreshRequest
 # one slot are in memory at a time.
 _SLOTS = 8
 _SLOT_BYTES = 2**20
-# A chunk has at most `_CHUNK_BYTES` bytes, in the dtype of the computation, and at most
-# `_CHUNK_SHARE` of its stack, but at least one matrix.
+# A chunk has at most `_CHUNK_BYTES` bytes, in the dtype of the computation, but at
+# least one matrix. Small matrices thereby go in one batch, and what a batch of large
+# ones needs beside its stack stays small.
 _CHUNK_BYTES = 2**25
-_CHUNK_SHARE = 1 / 8
 
 Unit = tuple[int, int]  # It has the number of a parameter and the number of an axis.
 
@@ -189,20 +191,24 @@ class Refresh:
     raises: jax.typing.ArrayLike
     slots: tuple[tuple[int, ...], ...]
 
-    def run(self, bases: Bases, begin: Any, end: Any) -> Bases:
-        """Refreshes the slots from `begin` to `end`; their first moments follow."""
+    def run(self, bases: Bases, due: Due) -> Bases:
+        """Refreshes the slots that are due; their first moments follow."""
         if not self.slots:
             return bases
+        run_slot = functools.partial(self._run_slot, due)
         if len(self.slots) == 1:
-            return self._run_slot(0, bases)
-        return jax.lax.fori_loop(begin, end, self._run_slot, bases)
+            return run_slot(0, bases)
+        return jax.lax.fori_loop(due.least, due.most, run_slot, bases)
 
-    def _run_slot(self, slot: Any, bases: Bases) -> Bases:
+    def _run_slot(self, due: Due, slot: Any, bases: Bases) -> Bases:
         numbers = range(len(self.slots))
+        is_due = due.has(slot)
         gather = [functools.partial(self._gather, k) for k in numbers]
         refreshed = [
-            _refresh_stack(self.method, self.request, *stack)
-            for stack in _switch(slot, gather, bases.eigenbases)
+            _refresh_stack(
+                self.method, self.request, factors, eigenbases, wanted & is_due
+            )
+            for factors, eigenbases, wanted in _switch(slot, gather, bases.eigenbases)
         ]
         # Each slot has a conditional of its own that takes nothing of the other slots,
         # because XLA would copy what it takes (no public issue is known; the test of
@@ -211,7 +217,7 @@ class Refresh:
             adopt = functools.partial(self._adopt, k)
             branches = [adopt] if len(self.slots) == 1 else [_keep, adopt]
             is_mine = jnp.equal(slot, k).astype(jnp.int32)
-            mine = _switch(is_mine, branches, bases.take(members), refreshed)
+            mine = _switch(is_mine, branches, bases.take(members), refreshed, is_due)
             bases = bases.put(members, mine)
         return bases
 
@@ -250,7 +256,9 @@ class Refresh:
 
         return [stacked(stack) for stack in self._stacks]
 
-    def _adopt(self, slot: int, mine: Bases, stacks: list[Refreshed]) -> Bases:
+    def _adopt(
+        self, slot: int, mine: Bases, stacks: list[Refreshed], is_due: jax.Array
+    ) -> Bases:
         """Puts the results in the stacks of a slot into the bases of its parameters."""
         refreshed: dict[Unit, Refreshed] = {}
         for stack, new in zip(self._stacks, stacks, strict=True):
@@ -259,15 +267,23 @@ class Refresh:
         def one(unit: Unit, factor: Any, basis: Any) -> Refreshed | None:
             if factor is None or unit in refreshed:
                 return refreshed.get(unit)
-            return refresh_one(factor, basis, self.method, self.request)
+            return refresh_one(factor, basis, self.method, self.request, is_due)
 
         adopted = []
         for i, *of_leaf in zip(self.slots[slot], *mine, strict=True):
             old = Bases(*of_leaf)
             pairs = zip(self.factors[i], old.eigenbases, strict=True)
             found = [one((i, axis), *pair) for axis, pair in enumerate(pairs)]
-            precision = self.request.precision
-            adopted.append(adopt(found, self.layouts[i], old, self.raises, precision))
+            adopted.append(
+                adopt(
+                    found,
+                    self.layouts[i],
+                    old,
+                    is_due,
+                    self.raises,
+                    self.request.precision,
+                )
+            )
         return Bases(*map(list, zip(*adopted, strict=True)))
 
 
@@ -290,7 +306,7 @@ def _wanted(
     return wanted
 
 
-def _keep(bases: Bases, _: list[Refreshed]) -> Bases:
+def _keep(bases: Bases, *_: Any) -> Bases:
     return bases
 
 
@@ -299,15 +315,16 @@ def refresh_one(
     eigenbasis: jax.Array,
     method: RefreshMethod,
     request: RefreshRequest,
+    is_due: Any = True,
 ) -> Refreshed:
     """Refreshes the eigenbasis of one factor `[grid…, b, b]` and keeps its sharding."""
 
     def run(
-        factor: jax.Array, eigenbasis: jax.Array, request: RefreshRequest
+        factor: jax.Array, eigenbasis: jax.Array, request: RefreshRequest, is_due: Any
     ) -> Refreshed:
         def in_stack(to_stack: Any, factor: Any, eigenbasis: Any) -> Refreshed:
             factors, bases = to_stack(factor), to_stack(eigenbasis)
-            wanted = jnp.ones_like(factors[..., 0, 0], bool)
+            wanted = jnp.ones_like(factors[..., 0, 0], bool) & is_due
             new = _refresh_stack(method, request, factors, bases, wanted)
             return _in_grid(new, factor.shape)
 
@@ -326,7 +343,7 @@ def refresh_one(
     shardings = [_mesh.explicit_sharding(factor, d) for d in dims]
     if shardings[0] is not None:
         run = _mesh.in_automatic_mode(run, Refreshed(*shardings))  # type: ignore[arg-type]
-    return run(factor, eigenbasis, request)
+    return run(factor, eigenbasis, request, is_due)
 
 
 def _switch(index: Any, branches: Sequence[Any], *operands: Any) -> Any:
@@ -355,6 +372,7 @@ def adopt(
     new: Sequence[Refreshed | None],
     layout: Layout,
     old: Bases,
+    is_due: jax.Array,
     raises: jax.typing.ArrayLike,
     precision: Any,
 ) -> Bases:
@@ -364,6 +382,7 @@ def adopt(
       new: results of a refresh for each axis, or None for an axis without a factor.
       layout: layout of the parameter.
       old: bases of the parameter, that is, its entry in each list of `Bases`.
+      is_due: whether the parameter is due. If not, nothing in `new` is new.
       raises: whether second moments may be raised; see `_kronecker.change_basis`.
       precision: precision of the matrix products that change first moments.
 
@@ -382,20 +401,25 @@ def adopt(
     entries = zip(
         new, is_new, old.eigenbases, old.eigenvalues, old.skipped, strict=True
     )
-    adopted = [(None,) * 3 if e[0] is None else _adopted(*e) for e in entries]
+    adopted = [(None,) * 3 if e[0] is None else _adopted(is_due, *e) for e in entries]
     eigenbases, eigenvalues, skipped = map(list, zip(*adopted, strict=True))
     return Bases(eigenbases, eigenvalues, skipped, moments)
 
 
 def _adopted(
-    new: Any, is_new: Any, eigenbasis: Any, eigenvalues: Any, skipped: Any
+    is_due: jax.Array,
+    new: Any,
+    is_new: Any,
+    eigenbasis: Any,
+    eigenvalues: Any,
+    skipped: Any,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     values = new.eigenvalues.astype(eigenvalues.dtype)
     has_values = is_new | new.is_kept
     return (
         jnp.where(is_new[..., None, None], new.eigenbases, eigenbasis),
         jnp.where(has_values[..., None], values, eigenvalues),
-        skipped + (~is_new[..., None]).astype(skipped.dtype),
+        skipped + (is_due & ~is_new[..., None]).astype(skipped.dtype),
     )
 
 
@@ -415,20 +439,36 @@ def _refresh_stack(
       eigenbases: eigenbases of these factors, `[n, ..., b, b]`.
       wanted: whether each eigenbasis is wanted, `[n, ...]`.
     """
+    run = _members.as_one_stack(functools.partial(_by_chunks, method))
+    return run(request, (factors, eigenbases, wanted))
+
+
+def _by_chunks(
+    method: RefreshMethod,
+    request: RefreshRequest,
+    stacks: tuple[jax.Array, jax.Array, jax.Array],
+) -> Refreshed:
+    """Does what `_refresh_stack` says.
+
+    Under `jax.vmap` the stacks are those of all members, and what is asked may be an
+    array `[n]`, with an entry for each matrix.
+    """
+    factors, eigenbases, wanted = stacks
+    request = jax.tree.map(lambda x: _per_matrix(x, wanted), request)
     zeros = jnp.zeros_like(at_least_float32(eigenbases[..., 0, :]))
     matrix = factors[0].size * zeros.dtype.itemsize
-    chunk = max(1, min(int(_CHUNK_SHARE * len(factors)), _CHUNK_BYTES // matrix))
+    chunk = max(1, min(len(factors), _CHUNK_BYTES // matrix))
     none = jnp.zeros_like(zeros[..., 0], bool)
     old = Refreshed(eigenbases, zeros, is_new=none, is_kept=none)
-    refresh = functools.partial(_refresh_chunk, method, request)
-    run = functools.partial(_in_chunks, refresh)
+    run = functools.partial(_in_chunks, functools.partial(_refresh_chunk, method))
     if chunk == 1:
-        return run(factors, wanted, old, chunk=1)
+        return run(request, factors, wanted, old, chunk=1)
     # On CPU decompositions come from LAPACK, which does one after another anyway.
     # Batches of them beside other work have been seen to wait for each other for ever
     # (with JAX 0.10.2). No public issue is known, and `tests/test_workarounds.py` tells
     # when this workaround may go.
     return jax.lax.platform_dependent(
+        request,
         factors,
         wanted,
         old,
@@ -437,19 +477,33 @@ def _refresh_stack(
     )
 
 
+def _per_matrix(value: Any, wanted: jax.Array) -> Any:
+    """Gives an array `[n]` the shape `[n, ...]` of `wanted`; a scalar stays."""
+    if jnp.ndim(value) == 0:
+        return value
+    others = range(1, wanted.ndim)
+    return jnp.broadcast_to(jnp.expand_dims(value, others), wanted.shape)
+
+
 def _in_chunks(
-    refresh: Any, factors: jax.Array, wanted: jax.Array, stack: Refreshed, chunk: int
+    refresh: Any,
+    request: RefreshRequest,
+    factors: jax.Array,
+    wanted: jax.Array,
+    stack: Refreshed,
+    chunk: int,
 ) -> Refreshed:
     """Applies `refresh` to `chunk` matrices of a stack at a time."""
     count = len(factors)
     if count == chunk:
-        return refresh(factors, wanted, stack)
+        return refresh(request, factors, wanted, stack)
 
     def body(i: jax.Array, stack: Refreshed) -> Refreshed:
         # The last chunk may overlap with the one before it.
         begin = jnp.minimum(i * chunk, count - chunk)
         part = lambda x: jax.lax.dynamic_slice_in_dim(x, begin, chunk)  # noqa: E731
-        new = refresh(part(factors), part(wanted), jax.tree.map(part, stack))
+        asked = jax.tree.map(lambda x: part(x) if jnp.ndim(x) else x, request)
+        new = refresh(asked, part(factors), part(wanted), jax.tree.map(part, stack))
         put = functools.partial(jax.lax.dynamic_update_slice_in_dim, axis=0)
         return jax.tree.map(lambda x, y: put(x, y, begin), stack, new)
 
@@ -466,8 +520,29 @@ def _refresh_chunk(
     """Refreshes the eigenbases of a chunk that are wanted and not new already.
 
     Eigenbases can be new already where chunks overlap. A chunk in which nothing is left
-    to refresh costs nothing.
+    to refresh costs nothing. If only some matrices are to be decomposed, because they
+    belong to members of other counts, they come after the others, so that methods are
+    always asked for one or the other.
     """
+    if getattr(request.decompose, "ndim", 0) == 0:
+        return _refresh_left(method, request, factors, wanted, done)
+
+    def refresh(i: jax.Array, done: Refreshed) -> Refreshed:
+        asked = dataclasses.replace(request, decompose=i == 1)
+        some = wanted & (request.decompose == asked.decompose)
+        return _refresh_left(method, asked, factors, some, done)
+
+    return jax.lax.fori_loop(0, 2, refresh, done)
+
+
+def _refresh_left(
+    method: RefreshMethod,
+    request: RefreshRequest,
+    factors: jax.Array,
+    wanted: jax.Array,
+    done: Refreshed,
+) -> Refreshed:
+    """Refreshes those of the wanted eigenbases that are not new already, if any."""
     left = wanted & ~done.is_new & ~done.is_kept
 
     def refresh(done: Refreshed) -> Refreshed:
