@@ -47,7 +47,7 @@ PerAxis = Sequence[jax.Array | None]
 # the machine epsilon of coarser rounding.
 _RCOND, _COARSE_RCOND = 0.01, 5
 # What is at most this many machine epsilons is hidden: those of the computation, and
-# those of coarser rounding of factors and eigenbases. See `hidden`.
+# those of coarser rounding of factors and eigenbases. See `without_round_off`.
 _RESOLUTION, _COARSE_RESOLUTION = 100, 1
 # A refresh leaves no larger ratio of a first moment to the root of its second moment,
 # unless there was a larger one before. See `_raised`.
@@ -251,10 +251,10 @@ def project_and_measure(
     return gradient, energies
 
 
-def hidden(
+def without_round_off(
     coordinates: jax.Array, energies: PerAxis, layout: Layout, eps: Any
 ) -> jax.Array:
-    """What round-off hides of a gradient in eigenbases that come from it alone.
+    """Zeros what round-off hides of a gradient in eigenbases that come from it alone.
 
     A matrix is diagonal there. What stands beside the diagonal is round-off, because
     the factors square its singular values s_i: about eps s^2 / s_i in the directions of
@@ -266,13 +266,10 @@ def hidden(
       energies: its energies at each index of each axis with a factor, `[grid…, b]`.
       layout: layout of the parameter.
       eps: machine epsilon of the coarsest rounding of factors and eigenbases.
-
-    Returns:
-      Whether each coordinate is hidden, in the shape of the parameter.
     """
     known = [energy for energy in energies if energy is not None]
     if not known:
-        return jnp.zeros_like(coordinates, bool)
+        return coordinates
     blocks = layout.to_blocks(coordinates)
     largest = functools.reduce(jnp.maximum, [jnp.max(e, axis=-1) for e in known])
     scale = jnp.sqrt(jnp.where(largest > 0, largest, 1))
@@ -287,7 +284,7 @@ def hidden(
     is_hidden = sizes * functools.reduce(jnp.minimum, singular) < threshold
     # Energies of 0 say nothing, because the squares of small gradients underflow.
     is_hidden &= jnp.expand_dims(largest > 0, layout.within)
-    return layout.from_blocks(is_hidden, coordinates)
+    return layout.from_blocks(jnp.where(is_hidden, 0, blocks), coordinates)
 
 
 def project_back(
