@@ -284,16 +284,22 @@ class _Update:
         first = 1 if self.options["basis"] == "previous" else 0
         is_first = state.count == first
         measured = [self._project_and_follow(*entry, is_first) for entry in of_leaf]
-        eigenvalues = [values for _, values in measured]
+        eigenvalues = [values for _, values, _ in measured]
         inner_updates, inner_state = self.inner.make(plan.leaves, eigenvalues).update(
-            plan.treedef.unflatten(projected for projected, _ in measured),
+            plan.treedef.unflatten(projected for projected, *_ in measured),
             state.inner_state,
             self._projected_params(state),
             **self.extra_args,
         )
-        updates = plan.treedef.flatten_up_to(inner_updates)
+        seen = [
+            # Derivatives are those of the inner transformation.
+            update - jax.lax.stop_gradient(jnp.where(is_hidden, update, 0))
+            for update, (_, _, is_hidden) in zip(
+                plan.treedef.flatten_up_to(inner_updates), measured, strict=True
+            )
+        ]
         moved = zip(
-            updates,
+            seen,
             plan.arrays,
             plan.leaves,
             state.eigenbases,
@@ -466,11 +472,12 @@ class _Update:
         eigenvalues: Any,
         weights: Sequence[Any],
         is_first: jax.typing.ArrayLike,
-    ) -> tuple[jax.Array, list[Any]]:
+    ) -> tuple[jax.Array, list[Any], jax.Array]:
         """The coordinates of a gradient, and the eigenvalues, which follow it.
 
         In the first step of the inner transformation, the eigenbases come from a single
-        gradient, which may be this one, or one like it.
+        gradient, which may be this one, or one like it. The last result says which
+        coordinates are then hidden by round-off.
         """
         coordinates, energies = _kronecker.project_and_measure(
             _placement.for_blocks(array.astype(leaf.dtype), leaf),
@@ -479,8 +486,8 @@ class _Update:
             self.options["precision"],
         )
         eps = self._eps(leaf, *eigenbases)
-        resolved = _kronecker.without_round_off(coordinates, energies, leaf.layout, eps)
-        coordinates = jnp.where(is_first, resolved, coordinates)
+        is_hidden = _kronecker.hidden(coordinates, energies, leaf.layout, eps)
+        is_hidden = jnp.logical_and(is_first, is_hidden)
         if self.options["factors"] == "kl":
             round_off = self._round_off(leaf, array, eigenbases)
             energies = _kronecker.whitened_energies(
@@ -490,7 +497,8 @@ class _Update:
         if leaf.layout.has_factors:
             coordinates = _kronecker.bounded(coordinates)
         coordinates = _placement.like_parameter(coordinates, leaf)
-        return _apart_from_blocks(coordinates, leaf), eigenvalues
+        is_hidden = _placement.like_parameter(is_hidden, leaf)
+        return _apart_from_blocks(coordinates, leaf), eigenvalues, is_hidden
 
     def _eps(self, leaf: Leaf, *arrays: jax.Array | None) -> Any:
         """The machine epsilon of the coarsest rounding of arrays and their products."""

@@ -47,7 +47,7 @@ PerAxis = Sequence[jax.Array | None]
 # the machine epsilon of coarser rounding.
 _RCOND, _COARSE_RCOND = 0.01, 5
 # What is at most this many machine epsilons is hidden: those of the computation, and
-# those of coarser rounding of factors and eigenbases. See `without_round_off`.
+# those of coarser rounding of factors and eigenbases. See `hidden`.
 _RESOLUTION, _COARSE_RESOLUTION = 100, 1
 # A refresh leaves no larger ratio of a first moment to the root of its second moment,
 # unless there was a larger one before. See `_raised`.
@@ -84,17 +84,23 @@ class RoundOff(NamedTuple):
         is_coarser = not (isinstance(eps, float) and eps <= of_dtype)
         return cls(_RCOND * of_dtype, _COARSE_RCOND * eps**2 if is_coarser else 0.0)
 
+    def is_coarse(self) -> bool:
+        """Whether a share of the mean eigenvalue may count."""
+        return not (isinstance(self.of_mean, float) and self.of_mean == 0)
+
     def is_zero(self) -> bool:
-        """Says whether it is known that nothing counts as round-off."""
-        return all(isinstance(share, (int, float)) and share == 0 for share in self)
+        """Whether it is known that nothing counts as round-off."""
+        is_number = isinstance(self.of_largest, (int, float))
+        return is_number and self.of_largest == 0 and not self.is_coarse()
 
     def share(self, ratios: jax.Array) -> jax.Array:
         """The share, from the eigenvalues over the largest one, `[grid…, b]`."""
-        of_largest = jnp.asarray(self.of_largest, ratios.dtype)
-        if isinstance(self.of_mean, float) and self.of_mean == 0:
-            return of_largest
-        of_mean = jnp.asarray(self.of_mean, ratios.dtype)
-        return jnp.maximum(of_largest, of_mean * jnp.mean(ratios, -1, keepdims=True))
+        share = jnp.asarray(self.of_largest, ratios.dtype)
+        if self.is_coarse():
+            of_mean = jnp.asarray(self.of_mean, ratios.dtype)
+            mean = jnp.mean(ratios, axis=-1, keepdims=True)
+            share = jnp.maximum(share, of_mean * mean)
+        return share
 
 
 def accumulate(
@@ -204,14 +210,16 @@ def _floored(
     """Raises eigenvalues to `_KL_FLOOR` of their mean, or to `start` if all are 0.
 
     Without this, a gradient in a direction that had none before would make the other
-    factors forget all earlier gradients. Eigenvalues that are round-off are raised to
-    the largest one, because their inverses would fill the other factors with round-off.
+    factors forget all earlier gradients. Eigenvalues that are round-off, because
+    something is rounded more coarsely than it is computed, are raised to the largest
+    one. Their inverses would fill the other factors with round-off.
     """
     mean = jnp.mean(eigenvalues, axis=-1, keepdims=True)
-    largest = jnp.max(eigenvalues, axis=-1, keepdims=True)
-    ratios = eigenvalues / jnp.where(largest > 0, largest, 1)
     raised = jnp.maximum(eigenvalues, _KL_FLOOR * mean)
-    raised = jnp.where(ratios < round_off.share(ratios), largest, raised)
+    if round_off.is_coarse():
+        is_null = eigenvalues < round_off.of_mean * mean
+        largest = jnp.max(eigenvalues, axis=-1, keepdims=True)
+        raised = jnp.where(is_null, largest, raised)
     return jnp.where(mean > 0, raised, start)
 
 
@@ -251,10 +259,10 @@ def project_and_measure(
     return gradient, energies
 
 
-def without_round_off(
+def hidden(
     coordinates: jax.Array, energies: PerAxis, layout: Layout, eps: Any
 ) -> jax.Array:
-    """Zeros what round-off hides of a gradient in eigenbases that come from it alone.
+    """What round-off hides of a gradient in eigenbases that come from it alone.
 
     A matrix is diagonal there. What stands beside the diagonal is round-off, because
     the factors square its singular values s_i: about eps s^2 / s_i in the directions of
@@ -266,10 +274,13 @@ def without_round_off(
       energies: its energies at each index of each axis with a factor, `[grid…, b]`.
       layout: layout of the parameter.
       eps: machine epsilon of the coarsest rounding of factors and eigenbases.
+
+    Returns:
+      Whether each coordinate is hidden, in the shape of the parameter.
     """
     known = [energy for energy in energies if energy is not None]
     if not known:
-        return coordinates
+        return jnp.zeros_like(coordinates, bool)
     blocks = layout.to_blocks(coordinates)
     largest = functools.reduce(jnp.maximum, [jnp.max(e, axis=-1) for e in known])
     scale = jnp.sqrt(jnp.where(largest > 0, largest, 1))
@@ -284,7 +295,7 @@ def without_round_off(
     is_hidden = sizes * functools.reduce(jnp.minimum, singular) < threshold
     # Energies of 0 say nothing, because the squares of small gradients underflow.
     is_hidden &= jnp.expand_dims(largest > 0, layout.within)
-    return layout.from_blocks(jnp.where(is_hidden, 0, blocks), coordinates)
+    return layout.from_blocks(is_hidden, coordinates)
 
 
 def project_back(

@@ -101,7 +101,9 @@ def test_damp_takes_out_null_directions_only():
     eigenvalues[0] = eigenvalues[0].at[2].set(0)
     damped = _kronecker.damp(update, eigenvalues, plan, round_off)
     np.testing.assert_array_equal(damped[2], 0)
-    np.testing.assert_array_equal(_kronecker.damp(update, eigenvalues, plan, RoundOff(0.0)), 1)
+    np.testing.assert_array_equal(
+        _kronecker.damp(update, eigenvalues, plan, RoundOff(0.0)), 1
+    )
     zeros = [jnp.zeros(3), jnp.zeros(2)]
     np.testing.assert_array_equal(_kronecker.damp(update, zeros, plan, round_off), 1)
 
