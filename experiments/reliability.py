@@ -130,24 +130,58 @@ def bad_gradients() -> Iterator[Row]:
 
 
 def null_shares(
-    size: int, rank: int, scale: float, rcond: float | None, steps: int = 40
+    size: int,
+    rank: int,
+    scale: float,
+    rcond: float | None,
+    steps: int = 40,
+    *,
+    dtype: Any = jnp.float32,
+    make: Callable[..., optax.GradientTransformation] = soap_optax.scale_by_soap,
+    **options: Any,
 ) -> list[float]:
     """The shares of updates' norms that lie outside of the span of the gradients."""
     rng = np.random.default_rng(0)
     left, right = rng.normal(size=(size, rank)), rng.normal(size=(rank, size))
     span = np.linalg.qr(left)[0]
-    tx = soap_optax.scale_by_soap(rcond=rcond)
+    tx = make(rcond=rcond, **options)
     state, update = tx.init(jnp.zeros((size, size), jnp.float32)), jax.jit(tx.update)
     shares = []
     for i in range(steps):
         gradient = left @ rng.normal(size=(rank, rank)) @ right
         gradient *= scale / np.sqrt(np.mean(gradient**2))
-        step, state = update(jnp.asarray(gradient, jnp.float32), state)
+        step, state = update(jnp.asarray(gradient, jnp.float32).astype(dtype), state)
         step = np.asarray(step, np.float64)
         outside = step - span @ (span.T @ step)
         if i > 0:  # The first step only builds the basis.
             shares.append(np.linalg.norm(outside) / np.linalg.norm(step))
     return shares
+
+
+LOW_PRECISION: dict[str, dict[str, Any]] = {
+    "bfloat16 gradients": {"dtype": jnp.bfloat16},
+    "float16 gradients": {"dtype": jnp.float16},
+    "bfloat16 factors": {"precond_dtype": jnp.bfloat16},
+    "all in bfloat16": {"dtype": jnp.bfloat16, "precond_dtype": jnp.bfloat16},
+}
+
+
+def low_precision() -> Iterator[Row]:
+    """Null-space shares where gradients or factors have few digits."""
+    for (size, rank), (name, low) in itertools.product(
+        ((64, 4), (256, 16)), LOW_PRECISION.items()
+    ):
+        for scale, rcond in itertools.product((1, 1e-5), (None, 0)):
+            shares = null_shares(size, rank, scale, rcond, **low)
+            yield {
+                "size": size,
+                "rank": rank,
+                "rounded": name,
+                "gradient": scale,
+                "rcond": rcond,
+                "median share": np.median(shares),
+                "median share from step 21": np.median(shares[20:]),
+            }
 
 
 def round_off() -> Iterator[Row]:
@@ -164,6 +198,26 @@ def round_off() -> Iterator[Row]:
                     "median share": np.median(shares),
                     "largest share": max(shares),
                 }
+
+
+def stored_means(decays: tuple[float, ...] = (0.95, 0.99, 0.999)) -> Iterator[Row]:
+    """How far factors in bfloat16 are from those in float32."""
+    gradients: dict[str, Gradient] = {
+        "constant": lambda key, step: normal(key, 0),
+        "noisy": normal,
+        "period 13": lambda key, step: normal(key, step % 13),
+    }
+    for decay, (name, gradient) in itertools.product(decays, gradients.items()):
+        steps = int(4 / (1 - decay))
+        factors = [
+            np.asarray(simulation(tx, gradient, steps)(0)[1].factors[0], np.float64)
+            for tx in (
+                soap_optax.scale_by_soap(b2=decay, precond_dtype=dtype)
+                for dtype in (jnp.bfloat16, jnp.float32)
+            )
+        ]
+        error = np.linalg.norm(factors[0] - factors[1]) / np.linalg.norm(factors[1])
+        yield {"b2": decay, "gradients": name, "steps": steps, "error": error}
 
 
 def loss(seeds: tuple[int, ...] = (0, 1, 2)) -> Iterator[Row]:
@@ -425,6 +479,8 @@ def turning_quadratic(
 PARTS: dict[str, Callable[[], Iterator[Row]]] = {
     "bad_gradients": bad_gradients,
     "round_off": round_off,
+    "low_precision": low_precision,
+    "stored_means": stored_means,
     "spikes": spikes,
     "drift": drift,
     "rare_rows": rare_rows,

@@ -134,13 +134,47 @@ def precision(name: str, value: Any) -> None:
 
 
 def floating_dtype(name: str, value: Any) -> None:
-    """A rule for real floating-point dtypes. Arrays break it."""
+    """A rule for real floating-point dtypes of at least 16 bits. Arrays break it."""
+    rule = "None or a floating-point dtype of at least 16 bits"
+    require(name, value, rule, _bits(name, value) >= 16)
+
+
+def dtype_of_squares(name: str, value: Any) -> None:
+    """A rule for real floating-point dtypes with the range of float32.
+
+    The squares of gradients of 1e-5 are zero in float16. Arrays break the rule.
+    """
+    rule = (
+        "None, bfloat16, float32 or float64, because it stores squares of gradients, "
+        "which need the range of float32"
+    )
+    is_wide = _bits(name, value) >= 16 and jnp.dtype(value) != jnp.float16
+    require(name, value, rule, is_wide)
+
+
+def _bits(name: str, value: Any) -> int:
+    """The bits of a real floating-point dtype, or 0 for anything else."""
     static(name, value)
     try:
-        floating = jnp.issubdtype(value, jnp.floating)
+        return jnp.finfo(value).bits if jnp.issubdtype(value, jnp.floating) else 0
     except TypeError:
-        floating = False
-    require(name, value, "None or a floating-point dtype", floating)
+        return 0
+
+
+def slowest_mean(name: str, value: Any, dtype: Any, of: str) -> None:
+    """A rule for the decay of a mean that is stored in a dtype, the argument `of`.
+
+    A mean that moves by less than the rounding of its dtype stays where it is. Traced
+    values and a dtype of None pass.
+    """
+    if dtype is None or isinstance(value, jax.core.Tracer):
+        return
+    most = 1 - float(jnp.finfo(dtype).eps)
+    rule = (
+        f"at most {most:.9g} with {of}={jnp.dtype(dtype).name}, because a slower mean "
+        "would not move in this dtype"
+    )
+    require(name, value, rule, bool(value <= most))
 
 
 def names(name: str, value: Any) -> None:

@@ -16,7 +16,8 @@ import jax.numpy as jnp
 import optax
 
 from soap_optax import _arguments, _kronecker, _moments, _state
-from soap_optax._kronecker import Moments
+from soap_optax._dtypes import coarsest_eps
+from soap_optax._kronecker import Moments, RoundOff
 from soap_optax._moments import Words
 from soap_optax._options import EigenbasisOptions, takes
 from soap_optax._state import EigenbasisState
@@ -128,10 +129,13 @@ class Inner:
       make: makes the transformation from the plans of the parameters and, in a list per
         parameter, the eigenvalues of each axis. It is called anew in each step.
       words: what the user says about the arrays in the transformation's state.
+      rounds: whether updates have the dtype of the gradients. If not, they have that of
+        the computation.
     """
 
     make: Callable[[Sequence[Leaf], _PerLeaf], optax.GradientTransformationExtraArgs]
     words: Words = Words()  # noqa: RUF009, because a tuple does not change
+    rounds: bool = True
 
 
 def make_transformation(
@@ -177,9 +181,10 @@ def make_transformation(
             new = run.accumulate(new)
             steps, new = run.refresh(steps, new)
         new = new._replace(count=optax.safe_increment(state.count))
-        pairs = zip(steps, plan.arrays, strict=True)
-        new_updates = [step.astype(gradient.dtype) for step, gradient in pairs]
-        return plan.treedef.unflatten(new_updates), _state.nested(plan, new)
+        if inner.rounds:
+            pairs = zip(steps, plan.arrays, strict=True)
+            steps = [step.astype(gradient.dtype) for step, gradient in pairs]
+        return plan.treedef.unflatten(steps), _state.nested(plan, new)
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
@@ -293,7 +298,14 @@ class _Update:
                 plan.treedef.flatten_up_to(inner_updates), measured, strict=True
             )
         ]
-        moved = zip(seen, plan.leaves, state.eigenbases, eigenvalues, strict=True)
+        moved = zip(
+            seen,
+            plan.arrays,
+            plan.leaves,
+            state.eigenbases,
+            eigenvalues,
+            strict=True,
+        )
         steps = [self._project_back(*entry) for entry in moved]
         kept = _kept(inner_state, state.inner_state)
         return steps, state._replace(eigenvalues=eigenvalues, inner_state=kept)
@@ -341,10 +353,16 @@ class _Update:
                     state.eigenbases[i],
                     state.eigenvalues[i],
                     leaf.layout,
+                    self._round_off(leaf, array, state.eigenbases[i]),
                     precision,
                 )
             new = _kronecker.accumulate(
-                state.factors[i], gradients, leaf.layout, weight, precision
+                state.factors[i],
+                gradients,
+                leaf.layout,
+                weight,
+                state.count,
+                precision,
             )
             factors.append(list(map(_mesh.placed, new, _placement.of_factors(leaf))))
         return state._replace(factors=factors)
@@ -472,11 +490,13 @@ class _Update:
             leaf.layout,
             self.options["precision"],
         )
-        is_hidden = _kronecker.hidden(coordinates, energies, leaf.layout)
+        eps = self._eps(leaf, *eigenbases)
+        is_hidden = _kronecker.hidden(coordinates, energies, leaf.layout, eps)
         is_hidden = jnp.logical_and(is_first, is_hidden)
         if self.options["factors"] == "kl":
+            round_off = self._round_off(leaf, array, eigenbases)
             energies = _kronecker.whitened_energies(
-                coordinates, eigenvalues, leaf.layout
+                coordinates, eigenvalues, leaf.layout, round_off
             )
         eigenvalues = _kronecker.follow(eigenvalues, energies, weights)
         if leaf.layout.has_factors:
@@ -484,6 +504,18 @@ class _Update:
         coordinates = _placement.like_parameter(coordinates, leaf)
         is_hidden = _placement.like_parameter(is_hidden, leaf)
         return _apart_from_blocks(coordinates, leaf), eigenvalues, is_hidden
+
+    def _eps(self, leaf: Leaf, *arrays: jax.Array | None) -> Any:
+        """The machine epsilon of the coarsest rounding of arrays and their products."""
+        dtypes = [leaf.dtype, *(array.dtype for array in arrays if array is not None)]
+        return coarsest_eps(*dtypes, precision=self.options["precision"])
+
+    def _round_off(self, leaf: Leaf, gradient: jax.Array, eigenbases: Any) -> RoundOff:
+        """Which eigenvalues count as round-off; factors have the bases' dtypes."""
+        given: Any = self.options["rcond"]
+        if given is not None:
+            return RoundOff(given)
+        return RoundOff.of(leaf.dtype, self._eps(leaf, gradient, *eigenbases))
 
     def _projected_params(self, state: EigenbasisState) -> Any:
         """The tree of the coordinates of the parameters, or None without parameters."""
@@ -504,13 +536,19 @@ class _Update:
         return self.plan.treedef.unflatten(placed)
 
     def _project_back(
-        self, update: jax.Array, leaf: Leaf, eigenbases: Any, eigenvalues: Any
+        self,
+        update: jax.Array,
+        gradient: jax.Array,
+        leaf: Leaf,
+        eigenbases: Any,
+        eigenvalues: Any,
     ) -> jax.Array:
         """Damps an inner update, projects it back and clips it."""
         options, layout = self.options, leaf.layout
+        round_off = self._round_off(leaf, gradient, eigenbases)
         limit = options["clip_update_rms"]
         update = _placement.for_blocks(_apart_from_blocks(update, leaf), leaf)
-        update = _kronecker.damp(update, eigenvalues, layout, options["rcond"])
+        update = _kronecker.damp(update, eigenvalues, layout, round_off)
         step = _kronecker.project_back(update, eigenbases, layout, options["precision"])
         if layout.has_factors and limit is not None:
             step = _kronecker.clip_rms(step, layout, limit)

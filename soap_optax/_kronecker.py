@@ -43,8 +43,12 @@ from soap_optax.parameters._layout import Layout
 
 PerAxis = Sequence[jax.Array | None]
 
-# What is at most this many units of round-off is hidden; see `hidden`.
-_RESOLUTION = 100
+# The shares of `RoundOff.of`, in machine epsilons of the computation and in squares of
+# the machine epsilon of coarser rounding.
+_RCOND, _COARSE_RCOND = 0.01, 5
+# What is at most this many machine epsilons is hidden: those of the computation, and
+# those of coarser rounding of factors and eigenbases. See `hidden`.
+_RESOLUTION, _COARSE_RESOLUTION = 100, 1
 # A refresh leaves no larger ratio of a first moment to the root of its second moment,
 # unless there was a larger one before. See `_raised`.
 _LARGEST_RATIO = 1.5
@@ -52,14 +56,69 @@ _LARGEST_RATIO = 1.5
 _KL_FLOOR = 1e-3
 
 
+class RoundOff(NamedTuple):
+    """Up to which share of the largest eigenvalue an eigenvalue counts as round-off.
+
+    Attributes:
+      of_largest: the share of the largest eigenvalue.
+      of_mean: a share of the mean eigenvalue, which counts where it is more.
+    """
+
+    of_largest: Any
+    of_mean: Any = 0.0
+
+    @classmethod
+    def of(cls, dtype: Any, eps: Any) -> "RoundOff":
+        """What counts as round-off by default.
+
+        Eigenvalues are squares of gradients. If all is in float32, directions whose
+        gradients are 30,000 times smaller than the largest count as round-off. Coarser
+        rounding spreads a share of about eps^2 of a gradient's energy evenly over all
+        directions, so that it is a share of the mean eigenvalue.
+
+        Args:
+          dtype: dtype of the computation.
+          eps: machine epsilon of the coarsest rounding in play.
+        """
+        of_dtype = float(jnp.finfo(dtype).eps)
+        is_coarser = eps > of_dtype
+        if isinstance(is_coarser, bool):
+            of_mean: Any = _COARSE_RCOND * eps**2 if is_coarser else 0.0
+        else:
+            of_mean = jnp.where(is_coarser, _COARSE_RCOND * eps**2, 0)
+        return cls(_RCOND * of_dtype, of_mean)
+
+    def is_coarse(self) -> bool:
+        """Whether a share of the mean eigenvalue may count."""
+        return not (isinstance(self.of_mean, float) and self.of_mean == 0)
+
+    def is_zero(self) -> bool:
+        """Whether it is known that nothing counts as round-off."""
+        is_number = isinstance(self.of_largest, (int, float))
+        return is_number and self.of_largest == 0 and not self.is_coarse()
+
+    def share(self, ratios: jax.Array) -> jax.Array:
+        """The share, from the eigenvalues over the largest one, `[grid…, b]`."""
+        share = jnp.asarray(self.of_largest, ratios.dtype)
+        if self.is_coarse():
+            of_mean = jnp.asarray(self.of_mean, ratios.dtype)
+            mean = jnp.mean(ratios, axis=-1, keepdims=True)
+            share = jnp.maximum(share, of_mean * mean)
+        return share
+
+
 def accumulate(
     factors: PerAxis,
     gradients: Sequence[jax.Array],
     layout: Layout,
     weight: jax.typing.ArrayLike,
+    count: jax.typing.ArrayLike,
     precision: Any,
 ) -> list[jax.Array | None]:
     """Moves each factor by `weight` towards the Gram matrix of its gradient.
+
+    A factor that is stored in less than float32 is rounded so that the errors of many
+    steps, which `count` numbers, cancel out (see `_rounded`).
 
     A block of a gradient that is not finite, or whose energy overflows the dtype of the
     factor, leaves the factor of the block as it is.
@@ -72,7 +131,8 @@ def accumulate(
             return None
         blocks = _blocks(gradient, factor, layout)
         gram = _gram(blocks, axis, factor, layout.grid, precision)
-        mean = _mean(factor.astype(gram.dtype), gram, weight).astype(factor.dtype)
+        mean = _mean(factor.astype(gram.dtype), gram, weight)
+        mean = _rounded(mean, factor.dtype, count)
         # The energy is the trace of the Gram matrix, which bounds its entries. The
         # comparison is false for NaN.
         energy = _energy(blocks, layout)
@@ -89,6 +149,7 @@ def whiten(
     eigenbases: PerAxis,
     eigenvalues: PerAxis,
     layout: Layout,
+    round_off: RoundOff,
     precision: Any,
 ) -> list[jax.Array]:
     """For each axis i, the gradient whitened along all other axes.
@@ -97,7 +158,7 @@ def whiten(
     KL-SOAP accumulates its Gram matrix along axis i. So each factor is weighted by the
     inverses of the others, as in Lin et al., https://arxiv.org/abs/2509.03378.
     """
-    scales = _whitening(gradient, eigenvalues, layout)
+    scales = _whitening(gradient, eigenvalues, layout, round_off)
 
     def one(i: int) -> jax.Array:
         projected = project(gradient, _but(eigenbases, i), layout, precision)
@@ -107,10 +168,10 @@ def whiten(
 
 
 def whitened_energies(
-    coordinates: jax.Array, eigenvalues: PerAxis, layout: Layout
+    coordinates: jax.Array, eigenvalues: PerAxis, layout: Layout, round_off: RoundOff
 ) -> list[jax.Array | None]:
     """For each axis i, the energies of what `whiten` gives, along eigenvectors of i."""
-    scales = _whitening(coordinates, eigenvalues, layout)
+    scales = _whitening(coordinates, eigenvalues, layout, round_off)
 
     def one(i: int) -> jax.Array | None:
         if eigenvalues[i] is None:
@@ -122,7 +183,7 @@ def whitened_energies(
 
 
 def _whitening(
-    array: jax.Array, eigenvalues: PerAxis, layout: Layout
+    array: jax.Array, eigenvalues: PerAxis, layout: Layout, round_off: RoundOff
 ) -> list[jax.Array | None]:
     """(b_j e_j)^-1/2 for each axis j with a factor, `[grid…, b]`; 0 where e_j is 0.
 
@@ -141,20 +202,29 @@ def _whitening(
     def one(values: jax.Array | None) -> jax.Array | None:
         if values is None:
             return None
-        known = _floored(values.astype(array.dtype), start)
+        known = _floored(values.astype(array.dtype), start, round_off)
         return safe_power(known * values.shape[-1], -0.5)
 
     return [one(values) for values in eigenvalues]
 
 
-def _floored(eigenvalues: jax.Array, start: jax.Array) -> jax.Array:
+def _floored(
+    eigenvalues: jax.Array, start: jax.Array, round_off: RoundOff
+) -> jax.Array:
     """Raises eigenvalues to `_KL_FLOOR` of their mean, or to `start` if all are 0.
 
     Without this, a gradient in a direction that had none before would make the other
-    factors forget all earlier gradients.
+    factors forget all earlier gradients. Eigenvalues that are round-off, because
+    something is rounded more coarsely than it is computed, are raised to the largest
+    one. Their inverses would fill the other factors with round-off.
     """
     mean = jnp.mean(eigenvalues, axis=-1, keepdims=True)
-    return jnp.where(mean > 0, jnp.maximum(eigenvalues, _KL_FLOOR * mean), start)
+    raised = jnp.maximum(eigenvalues, _KL_FLOOR * mean)
+    if round_off.is_coarse():
+        is_null = eigenvalues < round_off.of_mean * mean
+        largest = jnp.max(eigenvalues, axis=-1, keepdims=True)
+        raised = jnp.where(is_null, largest, raised)
+    return jnp.where(mean > 0, raised, start)
 
 
 def bounded(array: jax.Array) -> jax.Array:
@@ -193,7 +263,9 @@ def project_and_measure(
     return gradient, energies
 
 
-def hidden(coordinates: jax.Array, energies: PerAxis, layout: Layout) -> jax.Array:
+def hidden(
+    coordinates: jax.Array, energies: PerAxis, layout: Layout, eps: Any
+) -> jax.Array:
     """What round-off hides of a gradient in eigenbases that come from it alone.
 
     A matrix is diagonal there. What stands beside the diagonal is round-off, because
@@ -209,6 +281,7 @@ def hidden(coordinates: jax.Array, energies: PerAxis, layout: Layout) -> jax.Arr
       coordinates: coordinates of the gradient.
       energies: its energies at each index of each axis with a factor, `[grid…, b]`.
       layout: layout of the parameter.
+      eps: machine epsilon of the coarsest rounding of factors and eigenbases.
 
     Returns:
       Whether each coordinate is hidden, in the shape of the parameter.
@@ -225,7 +298,8 @@ def hidden(coordinates: jax.Array, energies: PerAxis, layout: Layout) -> jax.Arr
         if energy is not None
     ]
     sizes = jnp.abs(blocks) / jnp.expand_dims(scale, layout.within)
-    threshold = _RESOLUTION * float(jnp.finfo(blocks.dtype).eps)
+    of_dtype = _RESOLUTION * float(jnp.finfo(blocks.dtype).eps)
+    threshold = jnp.maximum(of_dtype, _COARSE_RESOLUTION * eps).astype(sizes.dtype)
     is_hidden = sizes * functools.reduce(jnp.minimum, singular) < threshold
     visible = jnp.sum(~is_hidden, layout.within, keepdims=True)
     is_hidden &= visible <= 2 * min(blocks.shape[axis] for axis in layout.axes)
@@ -363,19 +437,15 @@ def follow(
 
 
 def damp(
-    array: jax.Array, eigenvalues: PerAxis, layout: Layout, rcond: Any
+    array: jax.Array, eigenvalues: PerAxis, layout: Layout, round_off: RoundOff
 ) -> jax.Array:
-    """Multiplies each index of an axis by r^2 / (r^2 + rcond^2), where r = e / e_max.
+    """Multiplies each index of an axis by r^2 / (r^2 + c^2).
 
-    Where the gradient has nothing but the round-off of its projection, an elementwise
-    transformation like Adam would scale it up to full-size steps. Eigenvalues are
-    squares of gradients. The default `rcond`, 0.01 of the machine epsilon, therefore
-    damps directions whose gradients are (in float32) 30,000 times smaller than the
-    largest.
+    Here r = e / e_max, and c is the share of `round_off`. Where the gradient has
+    nothing but the round-off of its projection, an elementwise transformation like Adam
+    would scale it up to full-size steps.
     """
-    if rcond is None:
-        rcond = 0.01 * float(jnp.finfo(at_least_float32(array).dtype).eps)
-    if isinstance(rcond, (int, float)) and rcond == 0:
+    if round_off.is_zero():
         return array
     if all(eigenvalue is None for eigenvalue in eigenvalues):
         return array
@@ -386,8 +456,8 @@ def damp(
         largest = jnp.max(eigenvalue, axis=-1, keepdims=True)
         ratio = jnp.maximum(eigenvalue, 0) / jnp.where(largest > 0, largest, 1)
         square = jnp.square(ratio)
-        total = square + jnp.square(jnp.asarray(rcond, ratio.dtype))
-        # Nothing is damped if no eigenvalue is known, or if `rcond` is 0.
+        total = square + jnp.square(round_off.share(ratio))
+        # Nothing is damped if no eigenvalue is known, or if the share is 0.
         is_known = (largest > 0) & (total > 0)
         return jnp.where(is_known, square / jnp.where(total > 0, total, 1), 1)
 
@@ -537,6 +607,25 @@ def _where_blocks(
 def _mean(old: jax.Array, new: jax.Array, weight: jax.typing.ArrayLike) -> jax.Array:
     weight = jnp.asarray(weight, new.dtype)
     return (1 - weight) * old + weight * new
+
+
+def _rounded(array: jax.Array, dtype: Any, count: jax.typing.ArrayLike) -> jax.Array:
+    """Rounds a moving average to a dtype, and to bfloat16 up or down in turns.
+
+    To round it to the nearest number would stop it where a step moves it by less than
+    half a unit in the last place: bfloat16 has 8 binary digits, and the weight of a
+    step can be below 2^-8. A share of a unit is therefore added to the magnitude, and
+    what lies below the last place is cut off. The shares of successive steps are the
+    multiples of the golden ratio, modulo 1, which fill the interval evenly. So the
+    nearer an entry is to the number above it, the more often it is rounded to it. No
+    random numbers are needed, and equal entries stay equal.
+    """
+    if dtype != jnp.bfloat16:
+        return array.astype(dtype)
+    bits = jax.lax.bitcast_convert_type(array.astype(jnp.float32), jnp.uint32)
+    share = (jnp.asarray(count, jnp.uint32) * 40503) & 0xFFFF  # 40503 is 2^16 / 1.618.
+    kept = ((bits + share) >> 16).astype(jnp.uint16)
+    return jax.lax.bitcast_convert_type(kept, jnp.bfloat16)
 
 
 def _blocks(array: jax.Array, like: jax.Array, layout: Layout) -> jax.Array:

@@ -80,7 +80,7 @@ class FamilyOptions(TypedDict, total=False):
     ]
     precond_dtype: Annotated[
         jax.typing.DTypeLike | None,
-        Option(None, _arguments.optional(_arguments.floating_dtype)),
+        Option(None, _arguments.optional(_arguments.dtype_of_squares)),
     ]
     precision: Annotated[Any, Option(jax.lax.Precision.HIGHEST, _arguments.precision)]
     rcond: Annotated[

@@ -180,7 +180,8 @@ def scale_by_shampoo(
         mu_dtype=mu_dtype,
         nesterov=nesterov,
     )
-    preconditioner = make_transformation(Inner(roots), all_options)
+    inner = Inner(roots, rounds=False)
+    preconditioner = make_transformation(inner, all_options)
     adam = optax.scale_by_adam(
         b1, b2, nonzero(adam_eps), eps_root, mu_dtype, nesterov=nesterov
     )
@@ -230,11 +231,10 @@ def _grafted(
         **extra_args: Any,
     ) -> tuple[optax.Updates, ShampooState]:
         plan = _tree.make_plan(updates, options)
-        wide = plan.widened()
         steps, of_shampoo = preconditioner.update(
-            wide, state.preconditioner, params, **extra_args
+            updates, state.preconditioner, params, **extra_args
         )
-        of_adam, adam_state = adam_for(plan).update(wide, state.adam)
+        of_adam, adam_state = adam_for(plan).update(plan.widened(), state.adam)
         of_leaf = zip(
             plan.treedef.flatten_up_to(steps),
             plan.treedef.flatten_up_to(of_adam),

@@ -67,8 +67,10 @@ def soap(
       eps: added to the root of the second moment, at least 0. (The authors add it
         before bias correction; optax and this library add it after.)
       eps_root: added to the second moment under the root, at least 0.
-      mu_dtype: dtype of the stored first moment. None means the dtype of the
-        computation, which is float32 (float64 for float64 parameters).
+      mu_dtype: dtype of the stored first moment, of at least 16 bits. None means the
+        dtype of the computation, which is float32 (float64 for float64 parameters).
+        `b1` may be at most 1 minus the machine epsilon of the dtype (0.992 in
+        bfloat16), because a slower mean would not move.
       weight_decay: strength of decoupled weight decay, at least 0, or a schedule.
       mask: tree of bools like the parameters, or a callable making it from them, that
         says which parameters decay.
@@ -121,15 +123,20 @@ def soap(
       initial_basis: `"eigh"`, as published, or `"identity"`, with which the first step
         refreshes the identity by `refresh`, so that with `"qr"` or `"cholesky_qr"` the
         program contains no `eigh`.
-      precond_dtype: dtype of the stored factors and eigenbases. None means the dtype of
-        the computation.
+      precond_dtype: dtype of the stored factors and eigenbases: bfloat16, float32 or
+        float64. None means the dtype of the computation. Factors in bfloat16 are
+        rounded up or down in turns, so that they follow slow means, too.
       precision: precision of the matrix products, as in `jax.numpy.matmul`. Less than
         the default can make Rayleigh quotients useless.
       rcond: share of a factor's largest eigenvalue e_max under which a direction counts
         as round-off. The update in a direction of eigenvalue e is multiplied by
-        r^2 / (r^2 + rcond^2), where r = e / e_max. None means 0.01 of the machine
-        epsilon, which leaves all but null directions as they are; 0, as published,
-        multiplies by 1.
+        r^2 / (r^2 + rcond^2), where r = e / e_max. None follows the rounding in play:
+        it means 0.01 of the machine epsilon of the computation. If gradients, stored
+        factors or products are rounded more coarsely, to a machine epsilon `eps`, it
+        means 5 eps^2 of the mean eigenvalue where this is more. That leaves all but
+        null directions as they are. 0, as published, multiplies by 1. A model that
+        computes in bfloat16 and hands over float32 gradients hides its rounding:
+        give 1e-4, or cast the gradients to bfloat16 before.
       clip_update_rms: bound, above 0, of the root mean square of the update of a block
         of a parameter with factors, before the learning rate. None, as published, means
         no bound. While the basis stays, Adam itself keeps to a bound of 1 (if b1 = b2).
@@ -266,6 +273,7 @@ def check_adam(
         mu_dtype=(mu_dtype, _arguments.optional(_arguments.floating_dtype)),
         nesterov=(nesterov, _arguments.flag),
     )
+    _arguments.slowest_mean("b1", b1, mu_dtype, "mu_dtype")
 
 
 def nonzero(eps: Any) -> Any:

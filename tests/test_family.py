@@ -264,7 +264,7 @@ def test_shampoo_of_power_one_half_is_adafactor_in_its_eigenbasis():
     factors = [jnp.zeros((m, m)), jnp.zeros((n, n))]
     for t, grad in enumerate(grads):
         factors = _kronecker.accumulate(
-            factors, [grad] * 2, layout, 1 / (t + 1), HIGHEST
+            factors, [grad] * 2, layout, 1 / (t + 1), t, HIGHEST
         )
     eigh, request = soap_optax.Eigh(), RefreshRequest()
     new = [_stacks.refresh_one(f, jnp.eye(len(f)), eigh, request) for f in factors]
@@ -391,6 +391,7 @@ def test_whitened_gram_matrices_are_weighted_by_the_inverse_of_the_other_factor(
         [q_left, q_right],
         [jnp.asarray(e_left), jnp.asarray(e_right)],
         training.layout((m, n)),
+        _kronecker.RoundOff(0.0),
         HIGHEST,
     )
     np.testing.assert_allclose(

@@ -7,6 +7,7 @@ import pytest
 import training
 
 from soap_optax import _kronecker
+from soap_optax._kronecker import RoundOff
 
 TRUE = np.array(True)
 
@@ -51,7 +52,7 @@ def test_project_back_inverts_project(block_size):
 def test_accumulate_is_the_mean_of_gram_matrices():
     gradient = normal(4, 3, 2)
     factors = [normal(4, 4, seed=1), None, normal(2, 2, seed=2)]
-    new = _kronecker.accumulate(factors, [gradient] * 3, layout(4, 3, 2), 0.25, None)
+    new = _kronecker.accumulate(factors, [gradient] * 3, layout(4, 3, 2), 0.25, 0, None)
     rows = gradient.reshape(4, 6)
     np.testing.assert_allclose(new[0], 0.75 * factors[0] + 0.25 * rows @ rows.T)
     assert new[1] is None
@@ -92,16 +93,19 @@ def test_follow_gives_the_rayleigh_quotients():
 
 def test_damp_takes_out_null_directions_only():
     plan, update = layout(3, 2), jnp.ones((3, 2))
+    round_off = RoundOff.of(jnp.float64, 2.0**-52)
     eigenvalues = [jnp.array([1.0, 1e-4, 1e-20]), jnp.array([2.0, 1.0])]
-    damped = _kronecker.damp(update, eigenvalues, plan, None)
+    damped = _kronecker.damp(update, eigenvalues, plan, round_off)
     np.testing.assert_allclose(damped[:2], 1, rtol=1e-12)
     assert np.all(damped[2] < 1e-4) and np.all(damped[2] > 0)
     eigenvalues[0] = eigenvalues[0].at[2].set(0)
-    damped = _kronecker.damp(update, eigenvalues, plan, None)
+    damped = _kronecker.damp(update, eigenvalues, plan, round_off)
     np.testing.assert_array_equal(damped[2], 0)
-    np.testing.assert_array_equal(_kronecker.damp(update, eigenvalues, plan, 0.0), 1)
+    np.testing.assert_array_equal(
+        _kronecker.damp(update, eigenvalues, plan, RoundOff(0.0)), 1
+    )
     zeros = [jnp.zeros(3), jnp.zeros(2)]
-    np.testing.assert_array_equal(_kronecker.damp(update, zeros, plan, None), 1)
+    np.testing.assert_array_equal(_kronecker.damp(update, zeros, plan, round_off), 1)
 
 
 @pytest.mark.parametrize("block_size", [None, 2])

@@ -56,6 +56,7 @@ ROOMS = {
     },
     "_eigenbasis": {
         "_arguments",
+        "_dtypes",
         "_kronecker",
         "_moments",
         "_options",

@@ -19,7 +19,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from soap_optax import _arguments
-from soap_optax._dtypes import at_least_float32
+from soap_optax._dtypes import at_least_float32, coarsest_eps, widest
+
+# An eigenvalue is round-off up to this many machine epsilons, as a share of the largest
+# one: those of the computation, and those of coarser rounding of a factor's entries.
+_NULL, _COARSE_NULL = 10, 0.25
 
 
 class Refreshed(NamedTuple):
@@ -199,12 +203,14 @@ class PowerStep(NamedTuple):
         `[..., 1]`.
       off_diagonal: norm of the off-diagonal part of Q^T M Q over the norm of M,
         `[...]`.
+      null_share: share of the largest eigenvalue up to which one is round-off.
     """
 
     rows: jax.Array
     quotients: jax.Array
     largest: jax.Array
     off_diagonal: jax.Array
+    null_share: jax.Array
 
 
 def power_step(factors: jax.Array, eigenbases: jax.Array, precision: Any) -> PowerStep:
@@ -222,7 +228,8 @@ def power_step(factors: jax.Array, eigenbases: jax.Array, precision: Any) -> Pow
     largest = jnp.max(quotients, axis=-1, keepdims=True)
     largest = jnp.where(largest > 0, largest, 1)
     quotients, products = quotients / largest, products / largest[..., None]
-    is_null = quotients <= _null_share(matrix)
+    null_share = _null_share(factors, precision)
+    is_null = quotients <= null_share
     quotients = jnp.where(is_null, 0, quotients)
     norm = _norm(products)
     residual = _norm(products - quotients[..., None] * basis)
@@ -231,6 +238,7 @@ def power_step(factors: jax.Array, eigenbases: jax.Array, precision: Any) -> Pow
         quotients=quotients,
         largest=largest,
         off_diagonal=residual / jnp.where(norm > 0, norm, 1),
+        null_share=null_share,
     )
 
 
@@ -318,7 +326,9 @@ def _ranked(
     """Makes rows orthonormal in the order of descending Rayleigh quotients.
 
     Afterwards each row returns to the place where it stood. Coordinates thereby keep
-    their identity, and statistics that are kept per coordinate stay valid.
+    their identity, and statistics that are kept per coordinate stay valid. A row of
+    which hardly anything is orthogonal to the rows before it continues with round-off,
+    and is null from then on.
 
     Args:
       step: power step, whose rows are taken unless the factors are decomposed.
@@ -340,6 +350,7 @@ def _ranked(
     else:
         rows, is_null = jax.lax.cond(decompose, _eigenvectors, _sorted, *operands)
     rows, sizes = orthonormalize(rows, wanted)
+    is_null |= sizes <= step.null_share
     place = jnp.argsort(order, axis=-1)
     sizes = jnp.take_along_axis(jnp.where(is_null, 0, sizes), place, axis=-1)
     return _take_rows(rows, place), sizes
@@ -363,7 +374,7 @@ def _eigenvectors(
     """
     matrix = at_least_float32(factors) / step.largest[..., None]
     values, vectors = (x[..., ::-1] for x in jnp.linalg.eigh(matrix))
-    is_null = values <= _null_share(matrix) * values[..., :1]
+    is_null = values <= step.null_share * values[..., :1]
     columns = jnp.arange(order.shape[-1], dtype=order.dtype)
     columns = jnp.broadcast_to(columns, matrix.shape)
     identity = (order[..., None] == columns).astype(matrix.dtype)
@@ -445,9 +456,18 @@ def _norm(matrix: jax.Array) -> jax.Array:
     return jnp.sqrt(jnp.sum(jnp.square(matrix), axis=(-2, -1)))
 
 
-def _null_share(matrix: jax.Array) -> float:
-    """The share of the largest eigenvalue up to which an eigenvalue is round-off."""
-    return 10 * float(jnp.finfo(matrix.dtype).eps)
+def _null_share(factors: jax.Array, precision: Any) -> jax.Array:
+    """The share of the largest eigenvalue up to which an eigenvalue is round-off.
+
+    Entries of the factors are rounded to the dtype in which they are stored and, in
+    products, as the precision says. Where this is coarser than the dtype of the
+    computation, a smaller multiple of it suffices, because the errors of many entries
+    cancel out.
+    """
+    dtype = widest(jnp.float32, factors.dtype)
+    of_dtype = _NULL * float(jnp.finfo(dtype).eps)
+    eps = coarsest_eps(factors.dtype, precision=precision)
+    return jnp.maximum(of_dtype, _COARSE_NULL * eps).astype(dtype)
 
 
 def _take_rows(matrix: jax.Array, indices: jax.Array) -> jax.Array:
