@@ -265,6 +265,26 @@ def test_an_ensemble_on_a_mesh(kind):
     assert_same(found, loop(tx, states, 3))
 
 
+@slow
+def test_an_ensemble_with_one_count_on_an_explicit_mesh():
+    """JAX refuses members of different counts there, as it refuses any selection."""
+    mesh = jax.make_mesh((2, 2), ("x", "y"), axis_types=(AxisType.Explicit,) * 2)
+    specs = {"v": jax.P(), "w": jax.P("x", "y"), "x": jax.P(None, "x"), "t": jax.P("x")}
+    specs = {name: NamedSharding(mesh, jax.P(None, *s)) for name, s in specs.items()}
+    tx = soap()
+    is_count = lambda x: x.ndim == 0 and x.dtype == jnp.int32  # noqa: E731
+    axes = jax.tree.map(lambda x: None if is_count(x) else 0, tx.init(normal_tree()))
+    update = jax.vmap(tx.update, in_axes=(0, axes, 0), out_axes=(0, axes))
+    with jax.set_mesh(mesh):
+        params = jax.device_put(normal_tree(MEMBERS), specs)
+        state = jax.jit(jax.vmap(tx.init, out_axes=axes))(params)
+        for t in range(3):
+            grads = jax.device_put(normal_tree(MEMBERS, seed=10 * t), specs)
+            updates, state = jax.jit(update)(grads, state, params)
+    expected, _ = loop(tx, advanced(tx, (0, 0, 0)), 3)
+    assert_same(updates, expected[-1])
+
+
 # --- derivatives ---------------------------------------------------------------------
 
 STEPS = 4
@@ -386,6 +406,36 @@ def test_derivatives_without_jit_and_of_ensembles():
         return jnp.sum(jax.vmap(functools.partial(train_in_scan, soap, 0.03))(params))
 
     assert_same(jax.jit(jax.grad(total))(params), stacked(expected))
+
+
+@pytest.mark.parametrize("name", ["soap", "current", "shampoo", "factorized, kl"])
+def test_derivatives_are_finite_where_nothing_is_known(name):
+    """Of zero gradients and gradients of rank one, where factors are singular."""
+    make = {
+        "soap": soap,
+        "current": functools.partial(soap, basis="current"),
+        "shampoo": shampoo,
+        "factorized, kl": functools.partial(soap, factorized=True, factors="kl"),
+    }[name]
+
+    def final(scale, params):
+        tx = make()
+        state = tx.init(params)
+        for t in range(4):
+            rank_one = jnp.outer(params["w"][:, 0], jnp.arange(4.0) + t)
+            grads = {"w": rank_one, "x": 0 * params["x"], "v": 0 * params["v"]}
+            grads = jax.tree.map(lambda g: scale * g, grads)
+            updates, state = tx.update(grads, state, params)
+            params = optax.apply_updates(params, updates)
+        return score(params)
+
+    params = {name: normal_tree()[name] for name in "vwx"}
+    slopes = jax.jit(jax.grad(final, argnums=(0, 1)))(jnp.asarray(1.0), params)
+    assert all(np.isfinite(x).all() for x in jax.tree.leaves(slopes))
+    assert slopes[0] != 0
+    expected = normal_tree(seed=20)
+    for name in ("v", "x"):  # They do not move.
+        np.testing.assert_allclose(slopes[1][name], expected[name], atol=1e-10)
 
 
 # --- checks for NaN ------------------------------------------------------------------
