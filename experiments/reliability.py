@@ -232,6 +232,131 @@ def spikes(at: int = 300, steps: int = 2000, seeds: int = 5) -> Iterator[Row]:
             }
 
 
+# --- rows that rarely have a gradient ------------------------------------------------
+
+
+def rare(
+    tx: optax.GradientTransformation, shape: tuple[int, int], steps: int
+) -> np.ndarray:
+    """The largest entry of each update where one row has a gradient in each step."""
+
+    @jax.jit
+    def run(state):
+        def step(state, i):
+            keys = jax.random.split(jax.random.key(i))
+            row = jax.random.randint(keys[0], (), 0, shape[0])
+            gradient = jax.random.normal(keys[1], shape[1:], jnp.float32)
+            grads = jnp.zeros(shape, jnp.float32).at[row].set(gradient)
+            updates, state = tx.update(grads, state)
+            return state, jnp.abs(updates).max()
+
+        return jax.lax.scan(step, state, jnp.arange(steps))[1]
+
+    return np.asarray(run(tx.init(jnp.zeros(shape, jnp.float32))))
+
+
+def rare_rows() -> Iterator[Row]:
+    """Takes 300 steps on a matrix of which one row has a gradient in each step."""
+    second = {"second_moments": ("nu",)}
+    adam = optax.scale_by_adam(0.95, 0.95)
+    for name, tx in {
+        "adam": adam,
+        "soap": soap_optax.scale_by_soap(),
+        "soap, f=1": soap_optax.scale_by_soap(precondition_frequency=1),
+        "soap, max_precond_dim=8": soap_optax.scale_by_soap(max_precond_dim=8),
+        "soap, current basis": soap_optax.scale_by_soap(basis="current"),
+        "soap, KL": soap_optax.scale_by_soap(factors="kl"),
+        "soap, factorized": soap_optax.scale_by_soap(factorized=True),
+        "Adam in the eigenbasis": soap_optax.in_eigenbasis(adam),
+        "the same with second_moments": soap_optax.in_eigenbasis(adam, **second),
+    }.items():
+        largest = rare(tx, (500, 8), 300)
+        yield {
+            "optimizer": name,
+            "median": np.median(largest[4:]),
+            "largest": largest[4:].max(),
+            "largest of the first four": largest[:4].max(),
+        }
+
+
+def rare_words(
+    seeds: tuple[int, ...] = (0, 1, 2, 3, 4, 5),
+    rates: tuple[float, ...] = (0.02, 0.03, 0.05, 0.1),
+) -> Iterator[Row]:
+    """Trains a bigram model of 2,000 words of width 16, most of which are rare."""
+    soap = functools.partial(soap_optax.soap, max_precond_dim=16)
+    by_adam = {"embedding": "adam", "head": "soap"}
+    makes: dict[str, Callable[[Any], optax.GradientTransformation]] = {
+        "adam": lambda rate: optax.adam(rate, 0.95, 0.95),
+        "soap": soap,
+        "soap, embedding by adam": lambda rate: optax.partition(
+            {"adam": optax.adam(rate, 0.95, 0.95), "soap": soap(rate)}, by_adam
+        ),
+    }
+    for name, make in makes.items():
+        for seed in seeds:
+            losses = {rate: train_bigrams(make, rate, seed) for rate in rates}
+            best = min(losses, key=losses.__getitem__)
+            yield {
+                "optimizer": name,
+                "seed": seed,
+                "learning rate": best,
+                "loss": losses[best],
+            }
+
+
+def bigrams(seed: int, steps: int, words: int = 2000, batch: int = 64) -> np.ndarray:
+    """Texts `[batch, steps]`: each word has 20 successors, mostly frequent words."""
+    numbers = np.random.default_rng(seed)
+    frequency = 1 / np.arange(1, words + 1)
+    frequency /= frequency.sum()
+    successors = numbers.choice(words, (words, 20), p=frequency)
+    chances = numbers.dirichlet(np.full(20, 0.3), words).cumsum(axis=1)
+    texts = [numbers.choice(words, batch, p=frequency)]
+    for _ in range(steps - 1):
+        drawn = numbers.random((batch, 1)) > chances[texts[-1]]
+        chosen = np.minimum(drawn.sum(axis=1), 19)
+        texts.append(successors[texts[-1], chosen])
+    return np.stack(texts, axis=1)
+
+
+def train_bigrams(
+    make: Callable[[Any], optax.GradientTransformation],
+    rate: float,
+    seed: int,
+    steps: int = 2000,
+) -> float:
+    """The loss, in nats per word, of the 64 batches after the training."""
+    texts = jnp.asarray(bigrams(seed, steps + 65))
+    tx = make(optax.linear_schedule(rate, 0, steps))
+    keys = jax.random.split(jax.random.key(seed))
+
+    def loss(params, i):
+        of_word = params["embedding"][texts[:, i]]
+        logits = of_word @ params["head"]
+        losses = optax.softmax_cross_entropy_with_integer_labels(
+            logits, texts[:, i + 1]
+        )
+        return losses.mean()
+
+    def step(carry, i):
+        params, state = carry
+        updates, state = tx.update(jax.grad(loss)(params, i), state, params)
+        return (optax.apply_updates(params, updates), state), None
+
+    @jax.jit
+    def run():
+        params = {
+            "embedding": 0.3 * jax.random.normal(keys[0], (2000, 16), jnp.float32),
+            "head": 0.1 * jax.random.normal(keys[1], (16, 2000), jnp.float32),
+        }
+        start = params, tx.init(params)
+        params, _ = jax.lax.scan(step, start, jnp.arange(steps))[0]
+        return jnp.mean(jax.lax.map(lambda i: loss(params, i), steps + jnp.arange(64)))
+
+    return float(run())
+
+
 # --- drift ---------------------------------------------------------------------------
 
 
@@ -302,6 +427,8 @@ PARTS: dict[str, Callable[[], Iterator[Row]]] = {
     "round_off": round_off,
     "spikes": spikes,
     "drift": drift,
+    "rare_rows": rare_rows,
+    "rare_words": rare_words,
     "loss": loss,
 }
 

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import optax
 
 from soap_optax import _arguments, _kronecker, _moments, _state
+from soap_optax._kronecker import Moments
 from soap_optax._moments import Words
 from soap_optax._options import EigenbasisOptions, takes
 from soap_optax._state import EigenbasisState
@@ -27,6 +28,11 @@ from soap_optax.refresh._clock import Clock, Due
 from soap_optax.refresh._methods import RefreshRequest, method_of
 from soap_optax.refresh._stacks import Bases
 
+# Refreshes before this step leave second moments as they are, as published. All of them
+# come from three gradients or fewer there, so none is young among old ones, and
+# `clip_update_rms` bounds what they do.
+_FIRST_RAISE = 4
+
 _PerLeaf = list[list[Any]]  # For each parameter it has an array or None per axis.
 
 
@@ -36,6 +42,7 @@ def in_eigenbasis(
     *,
     first_moments: Sequence[str] = (),
     coordinatewise: Sequence[str] = (),
+    second_moments: Sequence[str] = (),
     **options: Unpack[EigenbasisOptions],
 ) -> optax.GradientTransformationExtraArgs:
     """Runs `inner` in the eigenbasis of Shampoo's factors.
@@ -60,6 +67,12 @@ def in_eigenbasis(
         gradient. They come before what the library knows of optax's states.
       coordinatewise: names of the fields of the inner state that belong to
         coordinates. They come before what the library knows of optax's states.
+      second_moments: names of the fields of the inner state that belong to coordinates,
+        and are means of the squares of what the first moments in the same state are
+        means of. A refresh raises such an entry where a first moment comes into a
+        coordinate that has as good as no second moment, because its row rarely has a
+        gradient; otherwise an update like Adam's would have no bound there. SOAP itself
+        says `("nu",)`.
       **options: see `soap_optax.soap`. Here `shampoo_beta=None` means 0.95. The default
         of `clip_update_rms` is None, because the scale of the inner updates is not
         known.
@@ -93,6 +106,7 @@ def in_eigenbasis(
     _arguments.check(
         first_moments=(first_moments, _arguments.names),
         coordinatewise=(coordinatewise, _arguments.names),
+        second_moments=(second_moments, _arguments.names),
     )
     if options["shampoo_beta"] is None:
         options["shampoo_beta"] = 0.95
@@ -100,7 +114,7 @@ def in_eigenbasis(
     return make_transformation(
         Inner(
             lambda leaves, eigenvalues: extended,
-            Words(tuple(first_moments), tuple(coordinatewise)),
+            Words(tuple(first_moments), tuple(coordinatewise), tuple(second_moments)),
         ),
         options,
     )
@@ -114,13 +128,10 @@ class Inner:
       make: makes the transformation from the plans of the parameters and, in a list per
         parameter, the eigenvalues of each axis. It is called anew in each step.
       words: what the user says about the arrays in the transformation's state.
-      follows: whether the eigenvalues follow the gradients between refreshes. If not,
-        they stay those of the last refresh.
     """
 
     make: Callable[[Sequence[Leaf], _PerLeaf], optax.GradientTransformationExtraArgs]
     words: Words = Words()  # noqa: RUF009, because a tuple does not change
-    follows: bool = True
 
 
 def make_transformation(
@@ -137,6 +148,7 @@ def make_transformation(
         plan = _tree.make_plan(params, options)
         for leaf in plan.leaves:
             _placement.warn_of_cut_blocks(leaf)
+        _placement.note_unknown_shardings(plan.leaves, options["params_sharding"])
         state = _state.start(plan, options, None)
         transformation = inner.make(plan.leaves, state.eigenvalues)
         inner_state = transformation.init(plan.widened())
@@ -159,9 +171,9 @@ def make_transformation(
         if options["basis"] == "current":
             new = run.accumulate(old)
             _, new = run.refresh([], new)
-            steps, new = run.step(new)
+            steps, new = run.step(new, run.weights(old, new))
         else:
-            steps, new = run.step_unless_first(old)
+            steps, new = run.step_unless_first(old, run.weights(old, old))
             new = run.accumulate(new)
             steps, new = run.refresh(steps, new)
         new = new._replace(count=optax.safe_increment(state.count))
@@ -245,14 +257,28 @@ class _Update:
             init=lambda: transformation.init(self.plan.widened()),
         )
 
-    def step(self, state: EigenbasisState) -> tuple[list[jax.Array], EigenbasisState]:
-        """Projects, runs the inner transformation and projects its updates back."""
+    def step(
+        self, state: EigenbasisState, weights: _PerLeaf
+    ) -> tuple[list[jax.Array], EigenbasisState]:
+        """Projects, runs the inner transformation and projects its updates back.
+
+        Args:
+          state: the state before the step.
+          weights: the weight of the gradient in the eigenvalues, which follow it, for
+            each axis of each parameter.
+        """
         plan = self.plan
         of_leaf = zip(
-            plan.arrays, plan.leaves, state.eigenbases, state.eigenvalues, strict=True
+            plan.arrays,
+            plan.leaves,
+            state.eigenbases,
+            state.eigenvalues,
+            weights,
+            strict=True,
         )
-        weight = self._weight(state)
-        measured = [self._project_and_follow(*entry, weight) for entry in of_leaf]
+        first = 1 if self.options["basis"] == "previous" else 0
+        is_first = state.count == first
+        measured = [self._project_and_follow(*entry, is_first) for entry in of_leaf]
         eigenvalues = [values for _, values in measured]
         inner_updates, inner_state = self.inner.make(plan.leaves, eigenvalues).update(
             plan.treedef.unflatten(projected for projected, _ in measured),
@@ -261,13 +287,13 @@ class _Update:
             **self.extra_args,
         )
         updates = plan.treedef.flatten_up_to(inner_updates)
-        of_leaf = zip(updates, plan.leaves, state.eigenbases, eigenvalues, strict=True)
-        steps = [self._project_back(*entry) for entry in of_leaf]
+        moved = zip(updates, plan.leaves, state.eigenbases, eigenvalues, strict=True)
+        steps = [self._project_back(*entry) for entry in moved]
         kept = _kept(inner_state, state.inner_state)
         return steps, state._replace(eigenvalues=eigenvalues, inner_state=kept)
 
     def step_unless_first(
-        self, state: EigenbasisState
+        self, state: EigenbasisState, weights: _PerLeaf
     ) -> tuple[list[jax.Array], EigenbasisState]:
         """Takes a step unless it is the first, which only builds the eigenbases.
 
@@ -283,7 +309,7 @@ class _Update:
 
         def run(eigenvalues: Any, inner_state: Any) -> tuple[Any, Any, Any]:
             before = state._replace(eigenvalues=eigenvalues, inner_state=inner_state)
-            steps, after = self.step(before)
+            steps, after = self.step(before, weights)
             return steps, after.eigenvalues, after.inner_state
 
         operands = (state.eigenvalues, state.inner_state)
@@ -325,7 +351,7 @@ class _Update:
         The arrays `steps` are handed through; see `_in_place_if`.
         """
         options = self.options
-        moments, with_moments = _moments.split_first_moments(
+        moments, with_moments = _moments.split_moments(
             state.inner_state, self.plan.leaves, self.inner.words
         )
         bases = Bases(state.eigenbases, state.eigenvalues, state.skipped, moments)
@@ -369,8 +395,9 @@ class _Update:
         )
         count = options["precondition_frequency"] if options["stagger"] else None
         method = method_of(options["refresh"])
+        raises = state.count >= _FIRST_RAISE
         return _spread.make_refresh(
-            self.plan.leaves, state.factors, method, request, count
+            self.plan.leaves, state.factors, method, request, raises, count
         )
 
     def _of_arrays(self) -> list[tuple[Leaf, jax.Array]]:
@@ -389,27 +416,57 @@ class _Update:
             return weight
         return weight / (1 - _power(beta, optax.safe_increment(state.count)))
 
+    def weights(self, old: EigenbasisState, new: EigenbasisState) -> _PerLeaf:
+        """The weight that the newest gradient has to get in each eigenvalue.
+
+        A refresh takes eigenvalues from factors that have this gradient in them. There
+        the weight is 0, so that no gradient counts twice. Eigenvalues of a block that
+        no refresh has changed follow the gradient, also where a refresh failed.
+
+        Args:
+          old: the state before this update.
+          new: the state before the step, in which eigenvalues may be refreshed.
+        """
+        weight = self._weight(old)
+
+        def one(old: Any, new: Any) -> Any:
+            if old is new:  # There was no refresh, or there is no factor.
+                return weight
+            is_refreshed = jnp.any(old != new, axis=-1, keepdims=True)
+            return jnp.where(is_refreshed, 0, weight)
+
+        is_array_or_none = lambda node: not isinstance(node, list)  # noqa: E731
+        return jax.tree.map(
+            one, old.eigenvalues, new.eigenvalues, is_leaf=is_array_or_none
+        )
+
     def _project_and_follow(
         self,
         array: jax.Array,
         leaf: Leaf,
         eigenbases: Any,
         eigenvalues: Any,
-        weight: jax.typing.ArrayLike,
+        weights: Sequence[Any],
+        is_first: jax.typing.ArrayLike,
     ) -> tuple[jax.Array, list[Any]]:
-        """The coordinates of a gradient, and the eigenvalues, which follow it."""
+        """The coordinates of a gradient, and the eigenvalues, which follow it.
+
+        In the first step of the inner transformation, the eigenbases come from a single
+        gradient, which may be this one, or one like it.
+        """
         coordinates, energies = _kronecker.project_and_measure(
             _placement.for_blocks(array.astype(leaf.dtype), leaf),
             eigenbases,
             leaf.layout,
             self.options["precision"],
         )
+        resolved = _kronecker.without_round_off(coordinates, energies, leaf.layout)
+        coordinates = jnp.where(is_first, resolved, coordinates)
         if self.options["factors"] == "kl":
             energies = _kronecker.whitened_energies(
                 coordinates, eigenvalues, leaf.layout
             )
-        if self.inner.follows:
-            eigenvalues = _kronecker.follow(eigenvalues, energies, weight)
+        eigenvalues = _kronecker.follow(eigenvalues, energies, weights)
         if leaf.layout.has_factors:
             coordinates = _kronecker.bounded(coordinates)
         coordinates = _placement.like_parameter(coordinates, leaf)
@@ -486,17 +543,24 @@ def _derivative(
     refresh, old, due = primals
     new, tangent = _refreshed(leaves, refresh, old, due), tangents[1]
 
-    def turned(i: int) -> list[jax.Array]:
-        """First moments are linear, and turn as they do in the refresh."""
+    def turned(i: int) -> list[Moments]:
+        """The derivatives of moments are those of their change of basis."""
         leaf, bases = leaves[i], (old.eigenbases[i], new.eigenbases[i])
         is_new = jax.tree.map(lambda a, b: jnp.any(a != b, (-2, -1)), *bases)
-        moments = [_placement.for_blocks(moment, leaf) for moment in tangent.moments[i]]
-        precision = refresh.request.precision
-        moments = [
-            _kronecker.turn(moment, *bases, is_new, leaf.layout, precision)
-            for moment in moments
-        ]
-        return [_placement.like_parameter(moment, leaf) for moment in moments]
+
+        def change(moments: list[Moments]) -> list[Moments]:
+            placed = jax.tree.map(lambda m: _placement.for_blocks(m, leaf), moments)
+            changed, _ = _kronecker.change_basis(
+                placed,
+                *bases,
+                is_new,
+                refresh.raises,
+                leaf.layout,
+                refresh.request.precision,
+            )
+            return jax.tree.map(lambda m: _placement.like_parameter(m, leaf), changed)
+
+        return jax.jvp(change, (old.moments[i],), (tangent.moments[i],))[1]
 
     def fixed(new: jax.Array, old: jax.Array, tangent: jax.Array) -> jax.Array:
         """What the refresh did not change keeps its derivative."""

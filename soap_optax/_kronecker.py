@@ -29,9 +29,10 @@ The package `refresh` finds new eigenbases. See "SOAP: Improving and Stabilizing
 using Adam", https://arxiv.org/abs/2409.11321, Algorithms 3 and 4.
 """
 
+import functools
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -42,6 +43,11 @@ from soap_optax.parameters._layout import Layout
 
 PerAxis = Sequence[jax.Array | None]
 
+# What is at most this many units of round-off is hidden; see `without_round_off`.
+_RESOLUTION = 100
+# A refresh leaves no larger ratio of a first moment to the root of its second moment,
+# unless there was a larger one before. See `_raised`.
+_LARGEST_RATIO = 1.5
 # KL-SOAP raises eigenvalues to this share of their mean before it inverts them.
 _KL_FLOOR = 1e-3
 
@@ -187,6 +193,40 @@ def project_and_measure(
     return gradient, energies
 
 
+def without_round_off(
+    coordinates: jax.Array, energies: PerAxis, layout: Layout
+) -> jax.Array:
+    """Zeros what round-off hides of a gradient in eigenbases that come from it alone.
+
+    A matrix is diagonal there. What stands beside the diagonal is round-off, because
+    the factors square its singular values s_i: about eps s^2 / s_i in the directions of
+    s_i, where s is the largest one. An elementwise transformation like Adam would scale
+    this up to full-size steps, which no other program and no other device repeats.
+
+    Args:
+      coordinates: coordinates of the gradient.
+      energies: its energies at each index of each axis with a factor, `[grid…, b]`.
+      layout: layout of the parameter.
+    """
+    known = [energy for energy in energies if energy is not None]
+    if not known:
+        return coordinates
+    blocks = layout.to_blocks(coordinates)
+    largest = functools.reduce(jnp.maximum, [jnp.max(e, axis=-1) for e in known])
+    scale = jnp.sqrt(jnp.where(largest > 0, largest, 1))
+    singular = [
+        _along(safe_root(energy) / scale[..., None], axis, blocks, layout)
+        for energy, axis in zip(energies, layout.axes, strict=True)
+        if energy is not None
+    ]
+    sizes = jnp.abs(blocks) / jnp.expand_dims(scale, layout.within)
+    threshold = _RESOLUTION * float(jnp.finfo(blocks.dtype).eps)
+    is_hidden = sizes * functools.reduce(jnp.minimum, singular) < threshold
+    # Energies of 0 say nothing, because the squares of small gradients underflow.
+    is_hidden &= jnp.expand_dims(largest > 0, layout.within)
+    return layout.from_blocks(jnp.where(is_hidden, 0, blocks), coordinates)
+
+
 def project_back(
     array: jax.Array, eigenbases: PerAxis, layout: Layout, precision: Any
 ) -> jax.Array:
@@ -194,70 +234,132 @@ def project_back(
     return _multiply(array, eigenbases, layout, precision, back=True)
 
 
+class Moments(NamedTuple):
+    """The moments of a parameter in one state of the inner transformation.
+
+    Attributes:
+      first: arrays that are linear in the gradient, such as its mean.
+      second: means of the squares of what the first moments are means of. There may be
+        none, or more than one.
+    """
+
+    first: list[Any]
+    second: list[Any]
+
+
 def change_basis(
-    arrays: Sequence[jax.Array],
+    moments: Sequence[Moments],
     old: PerAxis,
     new: PerAxis,
     is_new: PerAxis,
+    raises: jax.typing.ArrayLike,
     layout: Layout,
     precision: Any,
-) -> tuple[list[jax.Array], list[jax.Array | None]]:
-    """Turns `arrays` of coordinates in the eigenbases `old` to the eigenbases `new`.
+) -> tuple[list[Moments], list[jax.Array | None]]:
+    """Turns first moments from the eigenbases `old` to the eigenbases `new`.
 
-    Blocks for which `is_new`, `[grid…]`, is false keep their coordinates exactly.
+    Second moments stay in their coordinates. If `raises`, they are raised where a first
+    moment has come into a coordinate that knows nothing of it (see `_raised`). Blocks
+    for which `is_new`, `[grid…]`, is false keep their coordinates exactly.
 
     Returns:
-      The new coordinates, and `is_new` with false where a block would not stay finite.
-      Such a block keeps its coordinates along all axes.
+      The new moments, and `is_new` with false where a block would not stay finite. Such
+      a block keeps its moments and its coordinates along all axes.
     """
-    turned = [turn(array, old, new, is_new, layout, precision) for array in arrays]
-    is_finite = None
-    for before, after in zip(arrays, turned, strict=True):
+    turned, is_finite = list(moments), None
+    for i, (q, other, take) in enumerate(zip(old, new, is_new, strict=True)):
+        if q is None or other is None or take is None:
+            continue
+        bases = _alone(q, i, layout), _alone(other, i, layout)
+        choose = functools.partial(_where_blocks, take, layout=layout)
+        for k, (first, second) in enumerate(turned):
+            moved = [_turned(array, *bases, layout, precision) for array in first]
+            raised = list(second)
+            for before, after in zip(first, moved, strict=True):
+                raised = [
+                    jnp.where(raises, _raised(square, before, after, i, layout), square)
+                    for square in raised
+                ]
+            turned[k] = Moments(
+                [choose(*pair) for pair in zip(moved, first, strict=True)],
+                [choose(*pair) for pair in zip(raised, second, strict=True)],
+            )
+    pairs = list(zip(jax.tree.leaves(moments), jax.tree.leaves(turned), strict=True))
+    for before, after in pairs:
         is_fine = _is_finite(after, layout) | ~_is_finite(before, layout)
         is_finite = is_fine if is_finite is None else is_finite & is_fine
     if is_finite is None:
         return turned, list(is_new)
-    turned = [
-        _where_blocks(is_finite, after, before, layout)
-        for before, after in zip(arrays, turned, strict=True)
-    ]
+    kept = [_where_blocks(is_finite, after, before, layout) for before, after in pairs]
+    turned = jax.tree.unflatten(jax.tree.structure(turned), kept)
     return turned, [None if take is None else take & is_finite for take in is_new]
 
 
-def turn(
-    array: jax.Array,
-    old: PerAxis,
-    new: PerAxis,
-    is_new: PerAxis,
-    layout: Layout,
-    precision: Any,
+def _turned(
+    array: jax.Array, old: PerAxis, new: PerAxis, layout: Layout, precision: Any
 ) -> jax.Array:
-    """The part of `change_basis` that is linear in the array."""
-    for i, (q, other, take) in enumerate(zip(old, new, is_new, strict=True)):
-        if q is None or other is None or take is None:
-            continue
-        parameter = project_back(array, _alone(q, i, layout), layout, precision)
-        moved = project(parameter, _alone(other, i, layout), layout, precision)
-        array = _where_blocks(take, moved, array, layout)
-    return array
+    return project(project_back(array, old, layout, precision), new, layout, precision)
+
+
+def _raised(
+    square: jax.Array, before: jax.Array, after: jax.Array, index: int, layout: Layout
+) -> jax.Array:
+    """Raises second moments that are too small for turned first moments.
+
+    To turn an axis mixes the entries that differ in this axis alone. Without a turn,
+    the ratio of a mean to the root of the mean of the squares hardly exceeds that of a
+    steady gradient, which is 1. A turn can bring a mean into a coordinate whose second
+    moment has seen as good as nothing, because rows rarely have a gradient, and the
+    ratio has no bound. Where it exceeds `_LARGEST_RATIO` and each ratio that was mixed,
+    the second moment becomes so large that the ratio is the largest of these.
+
+    Args:
+      square: second moments.
+      before: first moments before axis `index` is turned.
+      after: first moments after it.
+      index: the index of the axis in the layout.
+      layout: layout of the parameter.
+    """
+    values, old, new = map(
+        layout.to_blocks, map(at_least_float32, (square, before, after))
+    )
+    root = safe_root(values)
+    ratios = jnp.where(root > 0, jnp.abs(old) / jnp.where(root > 0, root, 1), 0)
+    largest = jnp.max(ratios, layout.axes[index], keepdims=True)
+    is_known = largest > 0
+    needed = jnp.square(new / jnp.where(is_known, largest, 1))
+    limit = jnp.maximum(_LARGEST_RATIO, largest)
+    is_small = is_known & (jnp.abs(new) > limit * root)
+    raised = layout.from_blocks(jnp.where(is_small, needed, values), square)
+    return raised.astype(square.dtype)
 
 
 def follow(
-    eigenvalues: PerAxis, energies: PerAxis, weight: jax.typing.ArrayLike
+    eigenvalues: PerAxis, energies: PerAxis, weights: Sequence[Any]
 ) -> list[jax.Array | None]:
-    """Moves the eigenvalue estimates by `weight` towards the gradient's energies.
+    """Moves the eigenvalue estimates towards the gradient's energies.
 
-    While the eigenbases stay, the estimates then follow the Rayleigh quotients of the
-    factors. An estimate that would not stay finite is kept.
+    While the eigenbases stay, the estimates are then the Rayleigh quotients of the
+    factors. Like the factors, the estimates of a block stay as they are if the energy
+    of the gradient is not finite there.
+
+    Args:
+      eigenvalues: estimates of the eigenvalues.
+      energies: energies of the gradient along the eigenvectors.
+      weights: for each axis the weight of the gradient, `[]` or `[grid…, 1]`.
     """
 
-    def one(eigenvalue: jax.Array | None, energy: jax.Array | None) -> Any:
+    def one(
+        eigenvalue: jax.Array | None, energy: jax.Array | None, weight: Any
+    ) -> jax.Array | None:
         if eigenvalue is None or energy is None:
             return None
         mean = _mean(eigenvalue.astype(energy.dtype), energy, weight)
-        return jnp.where(jnp.isfinite(mean), mean.astype(eigenvalue.dtype), eigenvalue)
+        sound = jnp.isfinite(jnp.sum(energy, axis=-1, keepdims=True))
+        return jnp.where(sound, mean.astype(eigenvalue.dtype), eigenvalue)
 
-    return [one(*of_axis) for of_axis in zip(eigenvalues, energies, strict=True)]
+    of_axes = zip(eigenvalues, energies, weights, strict=True)
+    return [one(*of_axis) for of_axis in of_axes]
 
 
 def damp(
@@ -343,11 +445,17 @@ def _scale(array: jax.Array, scales: PerAxis, layout: Layout) -> jax.Array:
     blocks = layout.to_blocks(array)
     for scale, axis in zip(scales, layout.axes, strict=True):
         if scale is not None:
-            kept = sorted((*layout.grid, axis))
-            scale = jnp.moveaxis(scale, -1, kept.index(axis)).astype(blocks.dtype)
-            others = [d for d in range(blocks.ndim) if d not in kept]
-            blocks = blocks * jnp.expand_dims(scale, others)
+            blocks = blocks * _along(scale, axis, blocks, layout)
     return layout.from_blocks(blocks, array)
+
+
+def _along(
+    values: jax.Array, axis: int, blocks: jax.Array, layout: Layout
+) -> jax.Array:
+    """Gives values `[grid…, b]` the rank of blocks, so that they vary along an axis."""
+    kept = sorted((*layout.grid, axis))
+    values = jnp.moveaxis(values, -1, kept.index(axis)).astype(blocks.dtype)
+    return jnp.expand_dims(values, [d for d in range(blocks.ndim) if d not in kept])
 
 
 def clip_rms(
@@ -366,11 +474,25 @@ def clip_rms(
 
 
 def graft(array: jax.Array, like: jax.Array, layout: Layout) -> jax.Array:
-    """Scales each block to the norm of the corresponding block of `like`."""
-    blocks, others = layout.to_blocks(array), layout.to_blocks(like)
-    norm, wanted = (safe_root(_energy(b, layout)) for b in (blocks, others))
-    scale = jnp.where(norm > 0, wanted / jnp.where(norm > 0, norm, 1), 0)
-    return layout.from_blocks(blocks * jnp.expand_dims(scale, layout.within), array)
+    """Scales each block to the norm of the corresponding block of `like`.
+
+    A block of zeros stays as it is. No norm underflows or overflows, because entries
+    are divided by the largest of their block before they are squared.
+    """
+
+    def divided(array: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """The blocks over their largest entries, the latter, and the norms left."""
+        blocks = layout.to_blocks(array)
+        largest = jnp.max(jnp.abs(blocks), layout.within, keepdims=True)
+        # What is left does not depend on this number, nor do derivatives.
+        largest = jax.lax.stop_gradient(jnp.where(largest > 0, largest, 1))
+        blocks = blocks / largest
+        norm = safe_root(_energy(blocks, layout))
+        return blocks, largest, jnp.expand_dims(norm, layout.within)
+
+    (blocks, _, norm), (_, largest, wanted) = divided(array), divided(like)
+    scaled = blocks * (wanted / jnp.where(norm > 0, norm, 1)) * largest
+    return layout.from_blocks(scaled, array)
 
 
 def safe_root(array: jax.Array) -> jax.Array:

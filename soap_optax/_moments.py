@@ -21,6 +21,7 @@ The states of optax are identified by the names of their classes and of the pack
 because some of these classes are not public, and some are missing in some versions.
 """
 
+import collections
 import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
@@ -29,6 +30,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from soap_optax._kronecker import Moments
 from soap_optax.parameters._tree import Leaf
 
 
@@ -38,10 +40,13 @@ class Words(NamedTuple):
     Attributes:
       first_moments: names of the fields whose arrays are linear.
       coordinatewise: names of the fields whose arrays are coordinatewise.
+      second_moments: names of the fields whose arrays are coordinatewise, and are means
+        of the squares of what the first moments in the same state are means of.
     """
 
     first_moments: tuple[str, ...] = ()
     coordinatewise: tuple[str, ...] = ()
+    second_moments: tuple[str, ...] = ()
 
 
 _KNOWN = {
@@ -119,6 +124,8 @@ class _Entry(NamedTuple):
         most one, its name, if it has an owner.
       owner: the index of the owner, or None.
       linear: whether the array is linear; None if neither the words nor the table say.
+      is_square: whether the words call the array a second moment.
+      state: the keys on the way to the state in whose field the array is.
     """
 
     path: tuple[Any, ...]
@@ -126,6 +133,8 @@ class _Entry(NamedTuple):
     names: list[str]
     owner: int | None
     linear: bool | None
+    is_square: bool
+    state: tuple[Any, ...]
 
 
 def check_inner_state(
@@ -193,33 +202,42 @@ def check_shapes(
             )
 
 
-def split_first_moments(
+def split_moments(
     inner_state: optax.OptState, leaves: Sequence[Leaf], words: Words
 ) -> tuple[
-    list[list[jax.Array]], Callable[[Sequence[Sequence[jax.Array]]], optax.OptState]
+    list[list[Moments]], Callable[[Sequence[Sequence[Moments]]], optax.OptState]
 ]:
-    """Takes the linear arrays that have the shape of their owner out of a state.
+    """Takes what a refresh changes out of a state.
+
+    This is linear arrays that have the shape of their owner, and the second moments in
+    the same state.
 
     Returns:
-      For each parameter a list of these arrays, and a function that makes the state
-      again, with the arrays in other such lists in their place.
+      For each parameter a list with `Moments` for each state that has first moments of
+      it, and a function that makes the state again, with the arrays in other such lists
+      in their place.
     """
     treedef: Any
     values, treedef = jax.tree.flatten(inner_state)
-    positions: list[list[int]] = [[] for _ in leaves]
+    states: list[dict[Any, Moments]] = [{} for _ in leaves]
     for position, entry in enumerate(_entries(inner_state, leaves, words)):
         owner, shape = entry.owner, jnp.shape(entry.array)
-        if owner is not None and entry.linear and shape == leaves[owner].layout.shape:
-            positions[owner].append(position)
+        if owner is not None and shape == leaves[owner].layout.shape:
+            of_state = states[owner].setdefault(entry.state, Moments([], []))
+            if entry.linear:
+                of_state.first.append(position)
+            elif entry.is_square:
+                of_state.second.append(position)
+    positions = [[m for m in of_leaf.values() if m.first] for of_leaf in states]
 
-    def merge(moments: Sequence[Sequence[jax.Array]]) -> optax.OptState:
+    def merge(moments: Sequence[Sequence[Moments]]) -> optax.OptState:
         changed = list(values)
-        for of_leaf, arrays in zip(positions, moments, strict=True):
-            for position, array in zip(of_leaf, arrays, strict=True):
-                changed[position] = array
+        pairs = zip(jax.tree.leaves(positions), jax.tree.leaves(moments), strict=True)
+        for position, array in pairs:
+            changed[position] = array
         return treedef.unflatten(changed)
 
-    return [[values[i] for i in of_leaf] for of_leaf in positions], merge
+    return jax.tree.map(lambda position: values[position], positions), merge
 
 
 def _entries(
@@ -237,7 +255,8 @@ def _entries(
         if linear is None:
             linear = _says(known, [field])
         owner = None if start is None else index[path[start:]]
-        yield _Entry(path, array, names, owner, linear)
+        is_square = any(name in words.second_moments for name in names)
+        yield _Entry(path, array, names, owner, linear, is_square, path[:start][:-1])
 
 
 def _arrays(
@@ -273,7 +292,7 @@ def _name(key: Any) -> str | None:
 def _says(words: Words, names: Sequence[str]) -> bool | None:
     """Says whether words call an array linear; None if they have none of its names."""
     for name in names:
-        if name in words.first_moments or name in words.coordinatewise:
+        if any(name in field for field in words):
             return name in words.first_moments
     return None
 
@@ -304,8 +323,9 @@ def _check_states(inner_state: optax.OptState) -> None:
 
 
 def _check_words(words: Words, entries: Sequence[_Entry]) -> None:
-    """Raises a `ValueError` for a word that names no field or stands in both tuples."""
+    """Raises a `ValueError` for a word that names no field or is said twice."""
     fields = sorted({name for entry in entries for name in entry.names})
+    said = collections.Counter(name for names in words for name in {*names})
     for argument, names in words._asdict().items():
         for name in names:
             if name not in fields:
@@ -313,10 +333,9 @@ def _check_words(words: Words, entries: Sequence[_Entry]) -> None:
                     f"{argument} must name fields of the inner state with arrays, "
                     f"which are {', '.join(map(repr, fields)) or 'none'}, got {name!r}"
                 )
-            if name in words.first_moments and name in words.coordinatewise:
+            if said[name] > 1:
                 raise ValueError(
-                    f"{name!r} must not stand both in first_moments and in "
-                    "coordinatewise"
+                    f"{name!r} must stand in only one of {', '.join(words._fields)}"
                 )
 
 

@@ -11,7 +11,7 @@ from soap_optax import _arguments, _kronecker
 from soap_optax._eigenbasis import Inner, make_transformation
 from soap_optax._factorized import scale_by_shampoo_roots
 from soap_optax._options import EigenbasisOptions, FamilyOptions, complete, takes
-from soap_optax._soap import check_adam, optimizer
+from soap_optax._soap import check_adam, nonzero, optimizer
 from soap_optax._state import EigenbasisState
 from soap_optax.mesh import _placement
 from soap_optax.parameters import _tree
@@ -67,8 +67,9 @@ def shampoo(
       \end{align*}
 
     where hats are bias corrections, :math:`p` is `power`, :math:`\epsilon` is `eps`,
-    and the other symbols are those of `soap`. The inverse roots are computed at
-    refreshes, also at those that `refresh_tolerance` skips, and kept between them. With
+    and the other symbols are those of `soap`. Between refreshes the eigenvectors stay
+    and the eigenvalues follow the gradients, so that the roots are those of
+    :math:`Q \operatorname{diag}(Q^\top L Q) Q^\top`, and likewise for :math:`R`. With
     grafting, :math:`\gamma` gives each block the norm that Adam's update would have.
     Without grafting it is 1, and with power 1/2 updates grow like the inverse of a
     shrinking gradient. Adam updates the parameters without factors.
@@ -179,8 +180,10 @@ def scale_by_shampoo(
         mu_dtype=mu_dtype,
         nesterov=nesterov,
     )
-    preconditioner = make_transformation(Inner(roots, follows=False), all_options)
-    adam = optax.scale_by_adam(b1, b2, adam_eps, eps_root, mu_dtype, nesterov=nesterov)
+    preconditioner = make_transformation(Inner(roots), all_options)
+    adam = optax.scale_by_adam(
+        b1, b2, nonzero(adam_eps), eps_root, mu_dtype, nesterov=nesterov
+    )
     return _grafted(preconditioner, adam, grafting, all_options)
 
 

@@ -5,11 +5,13 @@ from collections.abc import Callable
 from typing import Any, Unpack
 
 import jax
+import jax.numpy as jnp
 import optax
 
 from soap_optax import _arguments
 from soap_optax._eigenbasis import Inner, make_transformation
 from soap_optax._factorized import scale_by_factorized_adam
+from soap_optax._moments import Words
 from soap_optax._options import EigenbasisOptions, takes
 
 # Both functions have the same options, with the same defaults.
@@ -135,8 +137,8 @@ def soap(
         directions in which the second moment has not seen the spike.
       params_sharding: how the parameters are sharded over a mesh of devices with
         automatic axes: a tree of `jax.sharding.NamedSharding` like the parameters, or a
-        callable making it from them. Refreshes are then local where blocks lie within
-        shards, and spread over all devices elsewhere. Without it each factor is
+        callable making it from their shapes. Refreshes are then local where blocks lie
+        within shards, and spread over all devices elsewhere. Without it each factor is
         refreshed alone, as XLA sees fit. It is not needed on meshes with explicit axes,
         where the types of arrays contain it, and ignored inside `jax.shard_map`. See
         `state_sharding`.
@@ -242,12 +244,14 @@ def scale_by_soap(
         adam,
         b1=b1,
         b2=b2,
-        eps=eps,
+        eps=nonzero(eps),
         eps_root=eps_root,
         mu_dtype=mu_dtype,
         nesterov=nesterov,
     )
-    return make_transformation(Inner(make), options)
+    # Second moments of rank one bound each row by themselves.
+    words = Words() if factorized else Words(second_moments=("nu",))
+    return make_transformation(Inner(make, words), options)
 
 
 def check_adam(
@@ -262,6 +266,19 @@ def check_adam(
         mu_dtype=(mu_dtype, _arguments.optional(_arguments.floating_dtype)),
         nesterov=(nesterov, _arguments.flag),
     )
+
+
+def nonzero(eps: Any) -> Any:
+    """Raises an epsilon of 0 to the smallest number that is normal in float32.
+
+    Adam then divides no 0 by 0 where gradients are 0. `optax.inject_hyperparams` gives
+    hyperparameters the dtype of the parameters, and float16 rounds the default to 0.
+    """
+    tiny = float(jnp.finfo(jnp.float32).tiny)
+    if isinstance(eps, jax.Array):
+        wide = eps.astype(jnp.promote_types(eps.dtype, jnp.float32))
+        return jnp.maximum(wide, tiny)
+    return max(float(eps), tiny)
 
 
 def _scale_by_adam(

@@ -39,8 +39,8 @@ class EigenbasisState(NamedTuple):
       factors: Shampoo's factors, `[grid…, b, b]`.
       eigenbases: orthonormal matrices whose columns are eigenvectors, `[grid…, b, b]`.
       eigenvalues: estimates of the factors' eigenvalues, `[grid…, b]`, in the order of
-        the columns. A refresh sets them. Between refreshes they follow the gradients,
-        except in Shampoo without `refresh_tolerance`.
+        the columns. A refresh sets them, and between refreshes they follow the
+        gradients.
       skipped: how many of `refreshes` left an eigenbasis as it was, because they failed
         or because `refresh_tolerance` made them needless, int32 `[grid…, 1]`.
       inner_state: state of the inner transformation. Its moments hold projected

@@ -7,7 +7,8 @@ second moment, and it rotates the first moment back and forth through the parame
 coordinates. eps is added after bias correction, as in optax.
 
 KL-SOAP weights each factor by the inverses of the others, from eigenvalues that are
-exact at a refresh (by eigh) and follow the gradients otherwise.
+exact at a refresh (by eigh) and follow the gradients otherwise. Each gradient counts
+once in them, as it does in the factors.
 """
 
 import math
@@ -69,8 +70,8 @@ class Soap:
     def step(self, gradient):
         if self.basis == "current":
             self._accumulate(gradient)
-            self._refresh()
-            direction = self._adam(gradient)
+            is_refreshed = self._refresh()
+            direction = self._adam(gradient, follows=not is_refreshed)
         else:
             first = self.count == 0
             direction = np.zeros_like(gradient) if first else self._adam(gradient)
@@ -79,7 +80,7 @@ class Soap:
         self.count += 1
         return direction
 
-    def _adam(self, gradient):
+    def _adam(self, gradient, *, follows=True):
         projected = _rotate(gradient, self.bases, transpose=True)
         self.adam_count += 1
         self.mu = self.b1 * self.mu + (1 - self.b1) * projected
@@ -92,7 +93,7 @@ class Soap:
         nu_hat = self.nu / (1 - self.b2**self.adam_count)
         if self.factorized:
             nu_hat = rank_one(nu_hat)
-        if self.kl:
+        if self.kl and follows:
             self._follow(projected)
         root = np.sqrt(nu_hat + self.eps_root)
         return _rotate(mu_hat / (root + self.eps), self.bases)
@@ -146,8 +147,9 @@ class Soap:
         self.eigenvalues = followed
 
     def _refresh(self):
+        """Says whether it was due."""
         if self.count % self.frequency(self.count):
-            return
+            return False
         mu = _rotate(self.mu, self.bases)
         for i, (factor, q) in enumerate(zip(self.factors, self.bases, strict=True)):
             if factor is None:
@@ -164,6 +166,7 @@ class Soap:
             q = self.bases[i]
             self.eigenvalues[i] = np.diag(q.T @ factor @ q)
         self.mu = _rotate(mu, self.bases, transpose=True)
+        return True
 
 
 def rank_one(nu):

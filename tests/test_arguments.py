@@ -81,7 +81,7 @@ def test_inner():
         soap_optax.in_eigenbasis(optax.scale_by_adam)
 
 
-@pytest.mark.parametrize("name", ["first_moments", "coordinatewise"])
+@pytest.mark.parametrize("name", ["first_moments", "coordinatewise", "second_moments"])
 @pytest.mark.parametrize("value", ["mu", b"mu", 3, None, (1,)])
 def test_words(name, value):
     with pytest.raises(ValueError, match=f"{name} must be a sequence of names"):

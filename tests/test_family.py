@@ -24,7 +24,11 @@ HIGHEST = jax.lax.Precision.HIGHEST
 
 
 def explicit_shampoo(grads, *, power, eps, frequency, b1=0.9, b2=0.95):
-    """kron(L + eps I, R + eps I, …)^-power applied to the mean gradient as a vector."""
+    """kron(L + eps I, R + eps I, …)^-power applied to the mean gradient as a vector.
+
+    Between refreshes the eigenvectors stay, and the off-diagonal part that the factors
+    then have in them is left out.
+    """
     shape = grads.shape[1:]
     mean = np.zeros(shape)
     factors = [np.zeros((n, n)) for n in shape]
@@ -34,12 +38,13 @@ def explicit_shampoo(grads, *, power, eps, frequency, b1=0.9, b2=0.95):
         for i, factor in enumerate(factors):
             rows = np.moveaxis(grad, i, 0).reshape(shape[i], -1)
             factors[i] = b2 * factor + (1 - b2) * rows @ rows.T
+        corrected = [f / (1 - b2 ** (t + 1)) + eps * np.eye(len(f)) for f in factors]
         if t % frequency == 0:
-            corrected = [
-                f / (1 - b2 ** (t + 1)) + eps * np.eye(len(f)) for f in factors
-            ]
-            values, vectors = np.linalg.eigh(functools.reduce(np.kron, corrected))
-            root = (vectors * values**-power) @ vectors.T
+            bases = [np.linalg.eigh(f)[1] for f in corrected]
+        pairs = zip(corrected, bases, strict=True)
+        values = functools.reduce(np.kron, [np.diag(q.T @ f @ q) for f, q in pairs])
+        vectors = functools.reduce(np.kron, bases)
+        root = (vectors * values**-power) @ vectors.T
         corrected_mean = mean / (1 - b1 ** (t + 1))
         steps.append((root @ corrected_mean.ravel()).reshape(shape))
     return np.stack(steps)
@@ -61,6 +66,16 @@ def test_shampoo_is_a_power_of_the_kronecker_product(power, shape, frequency):
     assert np.abs(expected).max() > 0.01
 
 
+def run_in_float32(tx, grads):
+    state, update = tx.init(jnp.zeros(grads.shape[1:], jnp.float32)), jax.jit(tx.update)
+    steps = []
+    for grad in grads:
+        step, state = update(jnp.asarray(grad), state)
+        assert step.dtype == jnp.float32
+        steps.append(step)
+    return np.stack(steps)
+
+
 def test_grafting_takes_the_norm_of_each_block_from_adam():
     grads = gradients(6, 4)
     adam = run(optax.scale_by_adam(0.95, 0.95), grads)
@@ -74,6 +89,18 @@ def test_grafting_takes_the_norm_of_each_block_from_adam():
     norms = [np.linalg.norm(blocks(x), axis=-1, keepdims=True) for x in (adam, bare)]
     expected = blocks(bare) * norms[0] / norms[1]
     np.testing.assert_allclose(blocks(grafted), expected, rtol=1e-10)
+
+
+@pytest.mark.parametrize("power", [0.25, 0.4, 1.0])
+@pytest.mark.parametrize("size", [1e-15, 1e-8, 1.0, 1e8])
+def test_grafted_updates_have_the_norm_of_adam(power, size):
+    """Whatever the norms of what is grafted are, here in float32."""
+    grads = (size * gradients(6, 6)[:3]).astype(np.float32)
+    adam = run_in_float32(optax.scale_by_adam(0.95, 0.95), grads)
+    steps = run_in_float32(soap_optax.scale_by_shampoo(power=power), grads)
+    norms = [np.linalg.norm(np.float64(x), axis=(1, 2)) for x in (steps, adam)]
+    np.testing.assert_allclose(*norms, rtol=1e-4)
+    assert norms[1].min() > 0
 
 
 @pytest.mark.parametrize("grafting", ["adam", None])
@@ -131,17 +158,84 @@ def test_shampoo_where_a_tolerance_keeps_the_eigenbasis():
     assert state.preconditioner.skipped[0] == 4
 
 
-def test_shampoo_keeps_its_roots_between_refreshes():
-    """Unlike SOAP, whose second moments follow every gradient."""
+@pytest.mark.parametrize("power", [0.25, 0.4, 0.5])
+@pytest.mark.parametrize("factors", ["shampoo", "kl"])
+def test_shampoo_after_gradients_of_zero(power, factors):
+    """Its roots follow the first gradient that is not zero (LoRA, unused experts)."""
     grads = gradients(5, 5)
-    tx = soap_optax.scale_by_shampoo(b1=0.0, grafting=None, precondition_frequency=10)
-    state = tx.init(jnp.zeros((5, 5)))
-    probe, steps = jnp.asarray(grads[-1]), []
-    for grad in grads[:10]:
-        _, state = tx.update(jnp.asarray(grad), state)
-        steps.append(tx.update(probe, state)[0])
-    np.testing.assert_allclose(steps[0], steps[8], rtol=1e-9)
-    assert np.abs(steps[9] / steps[8] - 1).max() > 0.1  # step 10 refreshes
+    options = {"power": power, "factors": factors, "grafting": None}
+    usual = run(soap_optax.scale_by_shampoo(**options), grads)
+    for zeros in (1, 3):
+        late = np.concatenate([np.zeros((zeros, 5, 5)), grads])
+        steps = run(soap_optax.scale_by_shampoo(**options), late)
+        np.testing.assert_array_equal(steps[:zeros], 0)
+        assert np.linalg.norm(steps[zeros]) > 0.1
+        # The eigenvectors wait for the next refresh.
+        assert np.abs(steps).max() < 3 * np.abs(usual).max()
+
+
+# --- eigenvalues between refreshes ---------------------------------------------------
+
+
+class FirstOnly(soap_optax.RefreshMethod):
+    """Decomposes at the first step, and fails later, so that eigenbases stay."""
+
+    def refresh(self, factors, eigenbases, wanted, request):
+        new = soap_optax.Eigh().refresh(factors, eigenbases, wanted, request)
+        return new._replace(is_new=new.is_new & request.decompose)
+
+
+def make_with(inner, **options):
+    if inner == "adam":
+        return soap_optax.scale_by_soap(**options)
+    return soap_optax.scale_by_shampoo(grafting=None, **options)
+
+
+@pytest.mark.parametrize("refresh", ["eigh", FirstOnly()])
+@pytest.mark.parametrize(
+    ("inner", "options"),
+    [
+        ("adam", {"basis": "previous"}),
+        ("adam", {"basis": "current"}),
+        ("adam", {"basis": "current", "factors": "kl"}),
+        ("shampoo", {}),
+        ("shampoo", {"factors": "kl"}),
+    ],
+)
+def test_eigenvalues_are_those_of_the_factors_at_every_step(inner, options, refresh):
+    """In the eigenbases of the last refresh, of which there is one every three steps.
+
+    Each gradient counts once, and one that is not finite does not count.
+    """
+    grads = gradients(5, 4)[:10]
+    grads[7, 0, 0] = np.nan
+    tx = make_with(inner, refresh=refresh, precondition_frequency=3, **options)
+    state, update = tx.init(jnp.zeros((5, 4))), jax.jit(tx.update)
+    for grad in grads:
+        _, state = update(jnp.asarray(grad), state)
+        own = getattr(state, "preconditioner", state)
+        for factor, q, values in zip(
+            own.factors, own.eigenbases, own.eigenvalues, strict=True
+        ):
+            quotients = np.einsum("ij,ik,kj->j", q, factor, q)
+            np.testing.assert_allclose(values, quotients, rtol=1e-10, atol=1e-13)
+            assert np.abs(quotients).max() > 0.1
+
+
+@pytest.mark.parametrize("basis", ["previous", "current"])
+@pytest.mark.parametrize("frequency", [1, 4])
+def test_eigenvalues_of_kl_are_those_of_the_reference(basis, frequency):
+    """With the previous basis, factors are weighted by what has followed already."""
+    options = {"factors": "kl", "basis": basis, "refresh": "eigh"}
+    soap = reference.Soap((5, 4), frequency=frequency, **options)
+    tx = soap_optax.scale_by_soap(precondition_frequency=frequency, **options)
+    state, update = tx.init(jnp.zeros((5, 4))), jax.jit(tx.update)
+    for grad in gradients(5, 4)[:10]:
+        soap.step(grad)
+        _, state = update(jnp.asarray(grad), state)
+        for values, expected in zip(state.eigenvalues, soap.eigenvalues, strict=True):
+            pair = np.sort(values), np.sort(expected)
+            np.testing.assert_allclose(*pair, rtol=1e-9, atol=1e-12)
 
 
 @pytest.mark.parametrize(
@@ -281,7 +375,9 @@ def test_space(make, options, formula):
 def test_kl(basis, frequency, shape):
     options = {"factors": "kl", "basis": basis, "refresh": "eigh"}
     grads = gradients(*shape)
-    tx = soap_optax.scale_by_soap(eps=EPS, precondition_frequency=frequency, **options)
+    tx = soap_optax.scale_by_soap(
+        eps=EPS, precondition_frequency=frequency, clip_update_rms=None, **options
+    )
     expected = reference.run(grads, eps=EPS, frequency=frequency, **options)
     assert_same(run(tx, grads), expected)
 

@@ -609,7 +609,12 @@ def test_other_arrays_beside_a_bare_parameter(shape):
         ({"coordinatewise": ("count",)}, "coordinatewise .*'m1', 'm2', got 'count'"),
         (
             {"first_moments": ("m1",), "coordinatewise": ("m2", "m1")},
-            "'m1' must not stand both",
+            "'m1' must stand in only one of first_moments, coordinatewise",
+        ),
+        ({"second_moments": ("m3",)}, "second_moments .*'m1', 'm2', got 'm3'"),
+        (
+            {"second_moments": ("m2",), "coordinatewise": ("m2",)},
+            "'m2' must stand in only one of",
         ),
     ],
 )
@@ -619,6 +624,25 @@ def test_wrong_words(words, error):
         soap_optax.in_eigenbasis(inner, **words).init(W_AND_B)
     # Without factors there is nothing to say, so nothing can be wrong.
     soap_optax.in_eigenbasis(inner, max_precond_dim=0, **words).init(W_AND_B)
+
+
+def test_second_moments_are_raised():
+    """With this word, Adam in the eigenbasis is SOAP, also where rows are rare."""
+    rows = np.zeros((40, 30, 6), np.float32)
+    for i, row in enumerate(np.random.default_rng(0).integers(0, 30, 40)):
+        rows[i, row] = np.random.default_rng(i).normal(size=6)
+    options = {"precondition_frequency": 3, "clip_update_rms": None}
+    params = {"w": jnp.zeros((30, 6))}
+    adam = optax.scale_by_adam(0.95, 0.95)
+    raised, stays = (
+        soap_optax.in_eigenbasis(adam, **options, **words)
+        for words in ({"second_moments": ("nu",)}, {})
+    )
+    soap = run(soap_optax.scale_by_soap(**options), params, rows)
+    for step, other in zip(run(raised, params, rows), soap, strict=True):
+        np.testing.assert_array_equal(step["w"], other["w"])
+    others = [step["w"] for step in run(stays, params, rows)]
+    assert np.abs(others).max() > 2 * max(np.abs(step["w"]).max() for step in soap)
 
 
 def test_words_come_before_the_table():

@@ -59,11 +59,19 @@ def test_accumulate_is_the_mean_of_gram_matrices():
     np.testing.assert_allclose(new[2], 0.75 * factors[2] + 0.25 * rows.T @ rows)
 
 
+def change_basis(arrays, old, new, is_new, plan, precision):
+    """Turns first moments that have no second moments."""
+    (moments,), taken = _kronecker.change_basis(
+        [_kronecker.Moments(arrays, [])], old, new, is_new, TRUE, plan, precision
+    )
+    return moments.first, taken
+
+
 def test_change_basis_is_back_and_there():
     plan, array = layout(4, 3), normal(4, 3)
     old = [orthogonal(4, 1), orthogonal(3, 2)]
     new = [orthogonal(4, 3), orthogonal(3, 4)]
-    (changed,), _ = _kronecker.change_basis([array], old, new, [TRUE, TRUE], plan, None)
+    (changed,), _ = change_basis([array], old, new, [TRUE, TRUE], plan, None)
     parameter = _kronecker.project_back(array, old, plan, None)
     expected = _kronecker.project(parameter, new, plan, None)
     np.testing.assert_allclose(changed, expected, atol=1e-14)
@@ -76,7 +84,7 @@ def test_follow_gives_the_rayleigh_quotients():
     np.testing.assert_array_equal(
         coordinates, _kronecker.project(gradient, bases, plan, None)
     )
-    followed = _kronecker.follow([jnp.zeros(4), jnp.zeros(3)], energies, 0.5)
+    followed = _kronecker.follow([jnp.zeros(4), jnp.zeros(3)], energies, [0.5] * 2)
     factors = [0.5 * gradient @ gradient.T, 0.5 * gradient.T @ gradient]
     for energy, factor, q in zip(followed, factors, bases, strict=True):
         np.testing.assert_allclose(energy, np.diag(q.T @ factor @ q), rtol=1e-12)
@@ -124,15 +132,31 @@ def test_clip_rms_keeps_directions_and_shows_what_is_not_finite():
     np.testing.assert_array_equal(_kronecker.clip_rms(half, plan, 1e3), 1e3)
 
 
+@pytest.mark.parametrize("size", [1e-30, 1e-24, 1.0, 1e18, 1e30])
+@pytest.mark.parametrize("other", [1e-30, 1.0, 1e18])
+def test_graft_takes_norms_of_any_size(size, other):
+    """Squares of these would underflow or overflow in float32."""
+    plan, (array, like) = layout(4, 2, block_size=2), normal(2, 4, 2)
+    array, like = array.at[2:].set(0), like.at[:2].multiply(2)
+    wide = _kronecker.graft(array, like, plan)
+    arrays = (size * array).astype(jnp.float32), (other * like).astype(jnp.float32)
+    grafted = _kronecker.graft(*arrays, plan)
+    np.testing.assert_allclose(grafted / np.float32(other), wide, rtol=1e-5)
+    expected = array[:2] * jnp.linalg.norm(like[:2]) / jnp.linalg.norm(array[:2])
+    np.testing.assert_allclose(wide[:2], expected, rtol=1e-12)
+    np.testing.assert_array_equal(wide[2:], 0)
+    np.testing.assert_array_equal(_kronecker.graft(array, 0 * like, plan), 0)
+    bad = _kronecker.graft(array.at[0, 0].set(jnp.nan), like, plan)
+    assert not np.isfinite(bad[0, 0])
+
+
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float64])
 def test_change_basis_leaves_what_stays(dtype):
     """Bit for bit, also if the columns are orthonormal to three digits only."""
     plan, array = layout(4, 3), normal(4, 3)
     old = [orthogonal(4, 1).astype(dtype), orthogonal(3, 2).astype(dtype)]
     new = [orthogonal(4, 3).astype(dtype), orthogonal(3, 4).astype(dtype)]
-    (changed,), taken = _kronecker.change_basis(
-        [array], old, new, [~TRUE, ~TRUE], plan, "highest"
-    )
+    (changed,), taken = change_basis([array], old, new, [~TRUE, ~TRUE], plan, "highest")
     np.testing.assert_array_equal(changed, array)
     assert not any(taken)
 
@@ -141,7 +165,7 @@ def test_change_basis_takes_nothing_that_would_not_stay_finite():
     plan, array = layout(4, 3), normal(4, 3)
     old = [orthogonal(4, 1), orthogonal(3, 2)]
     broken = [jnp.full((4, 4), jnp.inf), orthogonal(3, 4)]
-    (changed, other), taken = _kronecker.change_basis(
+    (changed, other), taken = change_basis(
         [array, 2 * array], old, broken, [TRUE, TRUE], plan, None
     )
     assert not any(taken)
@@ -156,9 +180,7 @@ def test_change_basis_block_by_block():
     old = [jnp.stack([orthogonal(2, 1), orthogonal(2, 2)]), None]
     new = [jnp.stack([jnp.full((2, 2), jnp.inf), orthogonal(2, 3)]), None]
     is_new = [jnp.ones(2, bool), None]
-    (changed,), (taken, _) = _kronecker.change_basis(
-        [array], old, new, is_new, plan, None
-    )
+    (changed,), (taken, _) = change_basis([array], old, new, is_new, plan, None)
     assert taken.tolist() == [False, True]
     np.testing.assert_array_equal(changed[:2], array[:2])
     expected = new[0][1].T @ old[0][1] @ array[2:]

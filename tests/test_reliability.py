@@ -7,8 +7,10 @@ import optax
 import pytest
 import reference
 import reliability
+import training
 
 import soap_optax
+from soap_optax import _kronecker
 
 SHAPE = reliability.SHAPE
 STEPS = 60
@@ -99,6 +101,92 @@ def test_the_default_bound():
     np.testing.assert_allclose(np.sqrt(np.mean(bounded**2)), 10, rtol=1e-4)
     cosine = np.sum(free * bounded) / np.linalg.norm(free) / np.linalg.norm(bounded)
     np.testing.assert_allclose(cosine, 1, rtol=1e-5)
+
+
+@pytest.mark.parametrize("shape", [(64, 64), (32, 48)])
+@pytest.mark.parametrize("spectrum", [0, 3])
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"basis": "current"}, {"block_size": 16}, {"factors": "kl"}],
+    ids=str,
+)
+def test_the_first_update_where_gradients_are_alike(options, spectrum, shape):
+    """The gradient of a full batch is diagonal in the basis that comes from it alone.
+
+    What stands beside the diagonal is round-off, and is not scaled up. So another
+    rounding gives the same update. It is the
+    orthogonal factor of the gradient, as Adam makes every entry of the diagonal 1, but
+    for directions that float32 does not resolve.
+    """
+    left, values, right = np.linalg.svd(normal(0, *shape), full_matrices=False)
+    if spectrum:
+        values = np.logspace(0, -spectrum, min(shape))
+    gradient = ((left * values) @ right).astype(np.float32)
+    other = np.nextafter(gradient, np.float32(np.inf))
+    tx = soap_optax.scale_by_soap(**options)
+    count = 1 if "basis" in options else 2
+    first, again = (run(tx, [g] * count)[0][-1] for g in (gradient, other))
+
+    def cosine(a, b):
+        return np.sum(a * b) / np.linalg.norm(a) / np.linalg.norm(b)
+
+    assert cosine(first, again) > 0.99
+    if "block_size" not in options:
+        assert cosine(first, left @ right) > (0.99 if spectrum == 0 else 0.8)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"precondition_frequency": 1},
+        {"max_precond_dim": 8},
+        {"basis": "current"},
+        {"factors": "kl", "precondition_frequency": 3},
+        {"block_size": 4},
+        {"stagger": True},
+        {"b1": 0.9, "b2": 0.999},
+        {"merge_dims": True, "precondition_1d": True},
+    ],
+    ids=str,
+)
+def test_rows_that_rarely_have_a_gradient(options):
+    """No turn of a moment makes an entry of an update large; Adam's are below 1."""
+    largest = reliability.rare(soap_optax.scale_by_soap(**options), (120, 8), 100)
+    assert largest[4:].max() < 4 and largest[50:].min() > 0.01
+    own = soap_optax.in_eigenbasis(optax.scale_by_adam(0.95, 0.95))
+    assert reliability.rare(own, (120, 8), 100)[4:].max() > 10  # as published
+
+
+def test_raised_second_moments():
+    """In a fibre that turns, what exceeds 1.5 comes to the largest ratio before it."""
+    before = np.array([[0.4, 0.0, 0.0], [0.3, -0.2, 0.1], [0.0, 0.0, 0.0]])
+    square = np.array([[0.64, 0.01, 0.0], [0.04, 0.09, 0.01], [0.01, 0.0, 0.04]])
+    layout = training.layout((3, 3))
+    old = [None, jnp.eye(3)]
+    new = [None, jnp.asarray([[0.6, 0.8, 0.0], [0.8, -0.6, 0.0], [0.0, 0.0, 1.0]])]
+    moments = [_kronecker.Moments([jnp.asarray(before)], [jnp.asarray(square)])]
+    take = [None, jnp.asarray(True)]
+
+    def change(raises):
+        (turned,), _ = _kronecker.change_basis(
+            moments, old, new, take, raises, layout, "highest"
+        )
+        return turned
+
+    expected = before @ np.asarray(new[1])
+    np.testing.assert_allclose(change(True).first[0], expected, atol=1e-7)
+    np.testing.assert_array_equal(change(False).second[0], square)
+    wanted = square.copy()
+    with np.errstate(divide="ignore", invalid="ignore"):
+        ratios = np.nan_to_num(np.abs(before) / np.sqrt(square), posinf=0)
+    largest = ratios.max(axis=1, keepdims=True)
+    is_small = np.abs(expected) > np.maximum(1.5, largest) * np.sqrt(square)
+    assert is_small.tolist() == [[False, True, False], [False] * 3, [False] * 3]
+    wanted = np.where(
+        is_small, np.square(expected / np.where(largest, largest, 1)), square
+    )
+    np.testing.assert_allclose(change(True).second[0], wanted, rtol=1e-5)
 
 
 def test_what_has_no_factor_is_not_bounded():

@@ -46,7 +46,7 @@ ROOMS = {
         "refresh._methods",
         "refresh._stacks",
     },
-    "_moments": {"parameters._tree"},
+    "_moments": {"_kronecker", "parameters._tree"},
     "_state": {
         "_dtypes",
         "_options",
@@ -69,7 +69,7 @@ ROOMS = {
         "refresh._stacks",
     },
     "_factorized": {"_kronecker", "mesh._mesh", "mesh._placement", "parameters._tree"},
-    "_soap": {"_arguments", "_eigenbasis", "_factorized", "_options"},
+    "_soap": {"_arguments", "_eigenbasis", "_factorized", "_moments", "_options"},
     "_shampoo": {
         "_arguments",
         "_eigenbasis",

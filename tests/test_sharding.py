@@ -413,9 +413,10 @@ def test_factors_are_sharded_by_blocks_else_by_rows():
     mesh = make_mesh((2, 2, 2))
 
     def spec_of(shape, spec, **options):
-        tx = soap_optax.scale_by_soap(**options)
+        sharding = NamedSharding(mesh, spec)
+        tx = soap_optax.scale_by_soap(params_sharding=sharding, **options)
         shapes = jax.ShapeDtypeStruct(shape, jnp.float32)
-        state = state_sharding(tx, shapes, NamedSharding(mesh, spec))
+        state = state_sharding(tx, shapes, sharding)
         return [s and s.spec for s in state.factors], state.eigenvalues[0].spec
 
     rows = P(("x", "y"), None)
@@ -437,7 +438,8 @@ def test_no_array_is_made():
     mesh = make_mesh((2, 2, 2))
     huge = {"w": jax.ShapeDtypeStruct((2**20, 2**19), jnp.float32)}
     sharding = {"w": NamedSharding(mesh, P("x", "y"))}
-    state = state_sharding(soap_optax.soap(1e-3, block_size=512), huge, sharding)
+    tx = soap_optax.soap(1e-3, block_size=512, params_sharding=sharding)
+    state = state_sharding(tx, huge, sharding)
     assert state[0].eigenbases["w"][1].spec == P("x", "y", None, None)
     with pytest.raises(ValueError, match="params must be at least one parameter"):
         state_sharding(optax.adamw(1e-3), {}, {})
@@ -531,6 +533,37 @@ def test_shardings_that_do_not_fit(where, sharding, message):
             soap_optax.soap(1e-3, params_sharding=sharding(mesh)).init(params)
 
 
+def test_params_sharding_by_a_function_is_of_shapes():
+    """What works in `init` works in an update that is traced, and the other way."""
+    mesh = make_mesh((2, 2, 2))
+    shardings = {"v": NamedSharding(mesh, P("y")), "w": NamedSharding(mesh, P("x"))}
+    params = {"v": jnp.ones(8), "w": jnp.ones((8, 6))}
+    params = jax.device_put(params, shardings)
+
+    def by_rank(params):
+        specs = {1: P("y"), 2: P("x")}
+        return jax.tree.map(lambda x: NamedSharding(mesh, specs[x.ndim]), params)
+
+    of_tree, of_function = (
+        soap_optax.soap(1e-3, params_sharding=given) for given in (shardings, by_rank)
+    )
+    steps = [
+        jax.jit(tx.update)(params, jax.jit(tx.init)(params), params)
+        for tx in (of_tree, of_function)
+    ]
+    jax.tree.map(np.testing.assert_array_equal, *steps)
+    reads = lambda params: jax.tree.map(lambda x: x.sharding, params)  # noqa: E731
+    tx = soap_optax.soap(1e-3, params_sharding=reads)
+    message = "params_sharding must be a function of the shapes .* give the tree"
+    for call in (
+        lambda: tx.init(params),
+        lambda: jax.jit(tx.init)(params),
+        lambda: jax.jit(tx.update)(params, of_tree.init(params), params),
+    ):
+        with pytest.raises(ValueError, match=message):
+            call()
+
+
 def test_two_meshes():
     first, second = (jax.devices()[i : i + 4] for i in (0, 4))
     params = {name: jnp.ones((8, 6)) for name in "vw"}
@@ -568,7 +601,48 @@ def test_two_meshes():
 )
 def test_blocks_that_cut_across_shards_are_reported(shape, spec, options, message):
     mesh = make_mesh((1, 8, 1))
-    tx = soap_optax.soap(1e-3, block_size=32, **options)
+    sharding = {"w": NamedSharding(mesh, spec)}
+    tx = soap_optax.soap(1e-3, block_size=32, params_sharding=sharding, **options)
     params = {"w": jax.ShapeDtypeStruct(shape, jnp.float32)}
     with pytest.warns(UserWarning, match=rf"\['w'\].*{message}"):
-        state_sharding(tx, params, {"w": NamedSharding(mesh, spec)})
+        state_sharding(tx, params, sharding)
+
+
+def test_an_optimizer_without_params_sharding_is_reported():
+    """Once, at the line of the caller, and at each call of `state_sharding`."""
+    mesh = make_mesh((2, 2, 2))
+    shapes, shardings = abstract(UNBLOCKED), shardings_of(UNBLOCKED, mesh)
+    tx = optax.chain(optax.clip(1.0), make_soap(UNBLOCKED))
+    for _ in range(2):
+        with pytest.warns(UserWarning, match="params_sharding must be given") as found:
+            state_sharding(tx, shapes, shardings)
+        (warning,) = found
+        assert warning.filename == __file__
+        assert str(warning.message).endswith(
+            "missing for ['experts'], ['layers'], ['matrix']"
+        )
+    split = optax.partition(
+        {"a": make_soap(UNBLOCKED, mesh), "b": soap_optax.shampoo(1e-3)},
+        {name: "b" if name == "matrix" else "a" for name in UNBLOCKED},
+    )
+    with pytest.warns(UserWarning, match=r"missing for \['matrix'\]$"):
+        state_sharding(split, shapes, shardings)
+
+
+@pytest.mark.parametrize("optimizer", [soap_optax.soap, soap_optax.shampoo])
+def test_nothing_is_reported_that_does_not_communicate(optimizer):
+    """With `params_sharding`, on explicit axes, or without sharded factors.
+
+    Here a warning is an error.
+    """
+    mesh, explicit = make_mesh((2, 2, 2)), make_mesh((2, 2, 2), AxisType.Explicit)
+    shapes, shardings = abstract(UNBLOCKED), shardings_of(UNBLOCKED, mesh)
+    without = make_soap(UNBLOCKED, optimizer=optimizer)
+    for_all = optimizer(1e-3, params_sharding=lambda params: shardings)
+    state_sharding(make_soap(UNBLOCKED, mesh, optimizer), shapes, shardings)
+    state_sharding(for_all, shapes, shardings)
+    state_sharding(without, shapes, shardings_of(UNBLOCKED, explicit))
+    state_sharding(optax.adamw(1e-3), shapes, shardings)
+    for name in ("replicated", "vector"):
+        one = optimizer(1e-3)
+        state_sharding(one, {name: shapes[name]}, {name: shardings[name]})

@@ -346,11 +346,13 @@ class Tape:
             return self.tape[-1][1]
         before, after = next(self.place)
 
-        def turned(i, moment):
+        def turned(i, moments):
             old, new = bases.eigenbases[i], after.eigenbases[i]
+            every = jax.tree.map(lambda q: jnp.ones(q.shape[:-2], bool), old)
             layout = leaves[i].layout
-            back = _kronecker.project_back(moment, old, layout, "highest")
-            return _kronecker.project(back, new, layout, "highest")
+            return _kronecker.change_basis(
+                moments, old, new, every, refresh.raises, layout, "highest"
+            )[0]
 
         def renewed(before, after, now):
             return jnp.where(before == after, now, after)
@@ -358,8 +360,7 @@ class Tape:
         values = jax.tree.map(
             renewed, before.eigenvalues, after.eigenvalues, bases.eigenvalues
         )
-        every = enumerate(bases.moments)
-        moments = [[turned(i, m) for m in of_leaf] for i, of_leaf in every]
+        moments = [turned(i, of_leaf) for i, of_leaf in enumerate(bases.moments)]
         return after._replace(eigenvalues=values, moments=moments)
 
 

@@ -83,17 +83,22 @@ def explicit_sharding(
         not sharded.
     """
     sharding = jax.typeof(array).sharding
-    if _AxisType.Explicit not in sharding.mesh.axis_types:
+    if not is_explicit(sharding.mesh):
         return None
     spec = jax.P(*(None if d is None else sharding.spec[d] for d in dims))
     return NamedSharding(sharding.mesh, spec)
+
+
+def is_explicit(mesh: Any) -> bool:
+    """Says whether some axes of a mesh are explicit."""
+    return _AxisType.Explicit in mesh.axis_types
 
 
 def placed(array: Any, sharding: NamedSharding | None) -> Any:
     """Shards an array as `sharding` says, or returns it as it is if that is None."""
     if sharding is None:
         return array
-    if _AxisType.Explicit in sharding.mesh.axis_types:
+    if is_explicit(sharding.mesh):
         return jax.sharding.reshard(array, sharding)
     return jax.lax.with_sharding_constraint(array, sharding)
 

@@ -6,6 +6,7 @@ parameter is aligned. A block is *cut* if parts of it lie on several devices. Wh
 sharding of a parameter is not known, XLA decides where arrays lie.
 """
 
+import contextvars
 import dataclasses
 import math
 import warnings
@@ -21,6 +22,12 @@ from soap_optax.mesh._mesh import NamedSharding, placed
 from soap_optax.parameters import _tree
 from soap_optax.parameters._layout import Layout
 from soap_optax.parameters._tree import Leaf
+
+# While `state_sharding` runs an `init`, this holds a list. `init` enters the names of
+# the parameters whose sharding no update on automatic axes will know.
+_unknown: contextvars.ContextVar[list[str] | None] = contextvars.ContextVar(
+    "_unknown", default=None
+)
 
 
 def state_sharding(
@@ -52,7 +59,9 @@ def state_sharding(
 
     Warns:
       UserWarning: if blocks of a parameter are cut across shards; it names the
-        parameter.
+        parameter. Also if `tx` was made without its argument `params_sharding` and the
+        mesh has automatic axes, where updates then communicate; it names the parameters
+        that have factors and are sharded.
 
     Example:
       >>> import jax, jax.numpy as jnp, soap_optax
@@ -68,7 +77,37 @@ def state_sharding(
     """
     shardings = _tree.resolve_shardings(params, params_sharding)
     _arguments.require("params", params, "at least one parameter", bool(shardings))
-    return _mesh.result_shardings(tx.init, params, shardings)
+    unknown: list[str] = []
+    token = _unknown.set(unknown)
+    try:
+        # The function is a new one each time, so that no cached trace answers for it.
+        state = _mesh.result_shardings(lambda p: tx.init(p), params, shardings)
+    finally:
+        _unknown.reset(token)
+    if unknown and not _mesh.is_explicit(shardings[0].mesh):
+        listed = ", ".join(unknown[:3]) + (", …" if len(unknown) > 3 else "")
+        warnings.warn(
+            "params_sharding must be given where tx is made, too, on a mesh with "
+            "automatic axes: without it updates do not know how parameters are "
+            f"sharded, and communicate; it is missing for {listed}",
+            stacklevel=2,
+        )
+    return state
+
+
+def note_unknown_shardings(leaves: Sequence[Leaf], params_sharding: Any) -> None:
+    """Tells `state_sharding` which parameters an `init` has no `params_sharding` for.
+
+    These are the parameters with factors that are sharded over several devices.
+    """
+    unknown = _unknown.get()
+    if unknown is None or params_sharding is not None:
+        return
+    for leaf in leaves:
+        if leaf.sharding is not None and leaf.layout.has_factors:
+            spec, sizes = spec_and_sizes(leaf)
+            if any(_mesh.shards(entry, sizes) > 1 for entry in spec):
+                unknown.append(leaf.name)
 
 
 def spec_and_sizes(leaf: Leaf) -> tuple[jax.P, Any]:

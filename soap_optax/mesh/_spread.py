@@ -40,6 +40,7 @@ def make_refresh(
     factors: Sequence[Any],
     method: RefreshMethod,
     request: RefreshRequest,
+    raises: jax.typing.ArrayLike,
     count: int | None,
 ) -> "Refresh | SpreadRefresh":
     """Plans a refresh of all parameters, on their mesh if their shardings are known.
@@ -49,12 +50,14 @@ def make_refresh(
       factors: a list per parameter, with an array `[grid…, b, b]` or None per axis.
       method: method by which eigenbases are refreshed.
       request: what is asked of the method.
+      raises: whether second moments may be raised; see `_kronecker.change_basis`.
       count: largest number of slots, or None; see `_stacks.make_slots`.
     """
     if any(leaf.sharding is None for leaf in leaves) or not leaves:
         layouts = tuple(leaf.layout for leaf in leaves)
         slots = _stacks.make_slots(factors, count)
-        return Refresh(layouts, factors, [None] * len(leaves), method, request, slots)
+        wanted = [None] * len(leaves)
+        return Refresh(layouts, factors, wanted, method, request, raises, slots)
     with_factors = [i for i, leaf in enumerate(leaves) if leaf.layout.has_factors]
     aligned = [i for i in with_factors if _placement.is_aligned(leaves[i])]
     others = [i for i in with_factors if i not in aligned]
@@ -63,7 +66,9 @@ def make_refresh(
         slots = tuple(a + b for a, b in itertools.zip_longest(*both, fillvalue=()))
     else:  # Slots decide what is refreshed when, so they must not depend on the mesh.
         slots = _stacks.make_slots(factors, count)
-    return SpreadRefresh(tuple(leaves), factors, method, request, tuple(aligned), slots)
+    return SpreadRefresh(
+        tuple(leaves), factors, method, request, raises, tuple(aligned), slots
+    )
 
 
 def _slots_by_shards(
@@ -193,7 +198,7 @@ class _Exchange:
 
 @functools.partial(
     jax.tree_util.register_dataclass,
-    data_fields=["factors", "request"],
+    data_fields=["factors", "request", "raises"],
     meta_fields=["leaves", "method", "aligned", "slots"],
 )
 @dataclasses.dataclass(frozen=True)
@@ -205,6 +210,7 @@ class SpreadRefresh:
       factors: a list per parameter, with an array `[grid…, b, b]` or None per axis.
       method: method by which eigenbases are refreshed.
       request: what is asked of the method.
+      raises: whether second moments may be raised; see `_kronecker.change_basis`.
       aligned: numbers of the aligned parameters.
       slots: for each slot, the numbers of its parameters.
     """
@@ -213,6 +219,7 @@ class SpreadRefresh:
     factors: Sequence[Any]
     method: RefreshMethod
     request: RefreshRequest
+    raises: jax.typing.ArrayLike
     aligned: tuple[int, ...]
     slots: tuple[tuple[int, ...], ...]
 
@@ -246,10 +253,11 @@ class SpreadRefresh:
         refresh = _mesh.on_each_device(
             self._run_on_device,
             mesh=_mesh_of(self.leaves),
-            in_specs=(jax.P(), jax.P(), specs.eigenbases, specs),
+            in_specs=(*[jax.P()] * 3, specs.eigenbases, specs),
             out_specs=specs,
         )
-        new = refresh(due, self.request, list(self.factors), local)
+        raises = jnp.asarray(self.raises)
+        new = refresh(due, self.request, raises, list(self.factors), local)
         moments = list(bases.moments)
         for i in self.aligned:
             moments[i] = new.moments[i]
@@ -266,6 +274,7 @@ class SpreadRefresh:
         self,
         due: Due,
         request: RefreshRequest,
+        raises: jax.Array,
         factors: list[Any],
         bases: Bases,
     ) -> Bases:
@@ -291,6 +300,7 @@ class SpreadRefresh:
             [None] * len(self.aligned) + [e.is_filled() for e in self.exchanges],
             self.method,
             request,
+            raises,
             self._slots_on_device(),
         )
         mine = refresh.run(mine, due)
@@ -333,11 +343,20 @@ class SpreadRefresh:
                 after.skipped,
                 before.skipped,
             )
-            whole = [_placement.for_blocks(moment, leaf) for moment in before.moments]
-            before = before._replace(moments=whole)
-            precision = self.request.precision
-            adopted = _stacks.adopt(list(found), leaf.layout, before, is_due, precision)
-            moments = [_placement.like_parameter(m, leaf) for m in adopted.moments]
+            whole = jax.tree.map(
+                lambda moment: _placement.for_blocks(moment, leaf), before.moments
+            )
+            adopted = _stacks.adopt(
+                list(found),
+                leaf.layout,
+                before._replace(moments=whole),
+                is_due,
+                self.raises,
+                self.request.precision,
+            )
+            moments = jax.tree.map(
+                lambda moment: _placement.like_parameter(moment, leaf), adopted.moments
+            )
             return adopted._replace(moments=moments)
 
         entries = zip(
@@ -362,7 +381,9 @@ class SpreadRefresh:
         vectors = specs(_placement.of_vectors)
         matrices = specs(_placement.of_factors)
         moments = [
-            [_placement.spec_and_sizes(leaf)[0] for _ in of_leaf]
+            jax.tree.map(
+                lambda _, leaf=leaf: _placement.spec_and_sizes(leaf)[0], of_leaf
+            )
             for leaf, of_leaf in zip(self.leaves, bases.moments, strict=True)
         ]
         return Bases(matrices, vectors, vectors, moments)

@@ -89,7 +89,7 @@ def make_plan(tree: Any, options: EigenbasisOptions) -> Plan:
     """
     entries, treedef = jax.tree_util.tree_flatten_with_path(tree)
     paths = [path for path, _ in entries]
-    arrays = [a if hasattr(a, "dtype") else jnp.asarray(a) for _, a in entries]
+    arrays = [_canonical(array) for _, array in entries]
     numbers = _resolve_dimension_numbers(
         options["dimension_numbers"], tree, len(entries)
     )
@@ -113,6 +113,17 @@ def make_plan(tree: Any, options: EigenbasisOptions) -> Plan:
     return Plan(treedef, [plan(*of_leaf) for of_leaf in planned], arrays)
 
 
+def _canonical(array: Any) -> Any:
+    """An array or a shape in a dtype that JAX has.
+
+    Without `jax_enable_x64`, JAX takes NumPy's float64 for float32, as `jnp.asarray`
+    does, and warns wherever this dtype is asked for.
+    """
+    if isinstance(array, jax.ShapeDtypeStruct):
+        return array.update(dtype=jax.dtypes.canonicalize_dtype(array.dtype))
+    return array if isinstance(array, jax.Array) else jnp.asarray(array)
+
+
 def _name(path: tuple[Any, ...]) -> str:
     """The text by which errors name the parameter with this path."""
     return jax.tree_util.keystr(path) or "the parameter"
@@ -130,11 +141,12 @@ def flatten_params(plan: Plan, params: Any) -> list[jax.Array]:
         entries = jax.tree.leaves(numbers, is_leaf=is_none)
         treedef: Any = jax.tree.structure(numbers, is_leaf=is_none)
         pairs = zip(entries, treedef.flatten_up_to(params), strict=True)
-        flat = [jnp.asarray(param) for number, param in pairs if number is not None]
     except ValueError as error:
         raise ValueError(
             f"params must have the structure of the updates; {error}"
         ) from error
+    given = [param for number, param in pairs if number is not None]
+    flat = list(map(_as_array, given, plan.leaves))
     for leaf, param in zip(plan.leaves, flat, strict=True):
         if param.shape != leaf.layout.shape:
             raise ValueError(
@@ -142,6 +154,17 @@ def flatten_params(plan: Plan, params: Any) -> list[jax.Array]:
                 f"the updates, got {leaf.layout.shape}"
             )
     return flat
+
+
+def _as_array(param: Any, leaf: Leaf) -> jax.Array:
+    """Converts what `params` has in the place of an update to an array."""
+    try:
+        return jnp.asarray(param)
+    except (TypeError, ValueError) as error:
+        raise ValueError(
+            "params must have the structure of the updates, which have an array for "
+            f"{leaf.name}, got {jax.tree.structure(param)}"
+        ) from error
 
 
 def _dict_keys(paths: Sequence[tuple[Any, ...]]) -> list[tuple[str, ...]]:
@@ -288,8 +311,29 @@ def _known_shardings(
         return unknown
     shardings = [_mesh.explicit_sharding(a, range(a.ndim)) for a in arrays]
     if all(sharding is None for sharding in shardings) and params_sharding is not None:
+        if _is_function(params_sharding):
+            params_sharding = _made_from_shapes(params_sharding, tree)
         shardings = list(resolve_shardings(tree, params_sharding))
     return unknown if None in shardings else shardings
+
+
+def _made_from_shapes(params_sharding: Callable[[Any], Any], tree: Any) -> Any:
+    """What a function makes of the shapes of the parameters.
+
+    An update that is traced on automatic axes knows nothing else of its arrays. With
+    shapes everywhere, a function that works in `init` works in every update, too.
+    """
+    shapes = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(jnp.shape(x), jnp.result_type(x)), tree
+    )
+    made = params_sharding(shapes)
+    entries = jax.tree.leaves(made, is_leaf=lambda node: node is None)
+    rule = (
+        "a function of the shapes of the parameters, which have no shardings (in place "
+        "of a function that reads them, give the tree of the shardings)"
+    )
+    _arguments.require("params_sharding", params_sharding, rule, None not in entries)
+    return made
 
 
 def _per_parameter(

@@ -42,10 +42,10 @@ from soap_optax.refresh._methods import Refreshed, RefreshMethod, RefreshRequest
 # one slot are in memory at a time.
 _SLOTS = 8
 _SLOT_BYTES = 2**20
-# A chunk has at most `_CHUNK_BYTES` bytes, in the dtype of the computation, and at most
-# `_CHUNK_SHARE` of its stack, but at least one matrix.
+# A chunk has at most `_CHUNK_BYTES` bytes, in the dtype of the computation, but at
+# least one matrix. Small matrices thereby go in one batch, and what a batch of large
+# ones needs beside its stack stays small.
 _CHUNK_BYTES = 2**25
-_CHUNK_SHARE = 1 / 8
 
 Unit = tuple[int, int]  # It has the number of a parameter and the number of an axis.
 
@@ -58,7 +58,8 @@ class Bases(NamedTuple):
       eigenvalues: each entry has an array `[grid…, b]`, or None, for each axis.
       skipped: each entry has an array `[grid…, 1]`, or None, for each axis; see
         `EigenbasisState`.
-      moments: each entry has the first moments of the parameter.
+      moments: each entry has a list of `Moments`, one for each state that has first
+        moments of the parameter.
     """
 
     eigenbases: list[Any]
@@ -162,7 +163,7 @@ class Stack:
 
 @functools.partial(
     jax.tree_util.register_dataclass,
-    data_fields=["factors", "wanted", "request"],
+    data_fields=["factors", "wanted", "request", "raises"],
     meta_fields=["layouts", "method", "slots"],
 )
 @dataclasses.dataclass(frozen=True)
@@ -178,6 +179,7 @@ class Refresh:
         if all are.
       method: method by which eigenbases are refreshed.
       request: what is asked of the method.
+      raises: whether second moments may be raised; see `_kronecker.change_basis`.
       slots: for each slot, the numbers of its parameters; see `make_slots`.
     """
 
@@ -186,6 +188,7 @@ class Refresh:
     wanted: Sequence[jax.Array | None]
     method: RefreshMethod
     request: RefreshRequest
+    raises: jax.typing.ArrayLike
     slots: tuple[tuple[int, ...], ...]
 
     def run(self, bases: Bases, due: Due) -> Bases:
@@ -272,7 +275,14 @@ class Refresh:
             pairs = zip(self.factors[i], old.eigenbases, strict=True)
             found = [one((i, axis), *pair) for axis, pair in enumerate(pairs)]
             adopted.append(
-                adopt(found, self.layouts[i], old, is_due, self.request.precision)
+                adopt(
+                    found,
+                    self.layouts[i],
+                    old,
+                    is_due,
+                    self.raises,
+                    self.request.precision,
+                )
             )
         return Bases(*map(list, zip(*adopted, strict=True)))
 
@@ -363,6 +373,7 @@ def adopt(
     layout: Layout,
     old: Bases,
     is_due: jax.Array,
+    raises: jax.typing.ArrayLike,
     precision: Any,
 ) -> Bases:
     """Replaces the eigenbases of one parameter by the new ones, where these are new.
@@ -372,6 +383,7 @@ def adopt(
       layout: layout of the parameter.
       old: bases of the parameter, that is, its entry in each list of `Bases`.
       is_due: whether the parameter is due. If not, nothing in `new` is new.
+      raises: whether second moments may be raised; see `_kronecker.change_basis`.
       precision: precision of the matrix products that change first moments.
 
     Returns:
@@ -382,6 +394,7 @@ def adopt(
         old.eigenbases,
         [None if n is None else n.eigenbases for n in new],
         [None if n is None else n.is_new for n in new],
+        raises,
         layout,
         precision,
     )
@@ -444,7 +457,7 @@ def _by_chunks(
     request = jax.tree.map(lambda x: _per_matrix(x, wanted), request)
     zeros = jnp.zeros_like(at_least_float32(eigenbases[..., 0, :]))
     matrix = factors[0].size * zeros.dtype.itemsize
-    chunk = max(1, min(int(_CHUNK_SHARE * len(factors)), _CHUNK_BYTES // matrix))
+    chunk = max(1, min(len(factors), _CHUNK_BYTES // matrix))
     none = jnp.zeros_like(zeros[..., 0], bool)
     old = Refreshed(eigenbases, zeros, is_new=none, is_kept=none)
     run = functools.partial(_in_chunks, functools.partial(_refresh_chunk, method))
