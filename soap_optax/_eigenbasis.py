@@ -279,15 +279,21 @@ class _Update:
         first = 1 if self.options["basis"] == "previous" else 0
         is_first = state.count == first
         measured = [self._project_and_follow(*entry, is_first) for entry in of_leaf]
-        eigenvalues = [values for _, values in measured]
+        eigenvalues = [values for _, values, _ in measured]
         inner_updates, inner_state = self.inner.make(plan.leaves, eigenvalues).update(
-            plan.treedef.unflatten(projected for projected, _ in measured),
+            plan.treedef.unflatten(projected for projected, *_ in measured),
             state.inner_state,
             self._projected_params(state),
             **self.extra_args,
         )
-        updates = plan.treedef.flatten_up_to(inner_updates)
-        moved = zip(updates, plan.leaves, state.eigenbases, eigenvalues, strict=True)
+        seen = [
+            # Derivatives are those of the inner transformation.
+            update - jax.lax.stop_gradient(jnp.where(is_hidden, update, 0))
+            for update, (_, _, is_hidden) in zip(
+                plan.treedef.flatten_up_to(inner_updates), measured, strict=True
+            )
+        ]
+        moved = zip(seen, plan.leaves, state.eigenbases, eigenvalues, strict=True)
         steps = [self._project_back(*entry) for entry in moved]
         kept = _kept(inner_state, state.inner_state)
         return steps, state._replace(eigenvalues=eigenvalues, inner_state=kept)
@@ -448,11 +454,12 @@ class _Update:
         eigenvalues: Any,
         weights: Sequence[Any],
         is_first: jax.typing.ArrayLike,
-    ) -> tuple[jax.Array, list[Any]]:
+    ) -> tuple[jax.Array, list[Any], jax.Array]:
         """The coordinates of a gradient, and the eigenvalues, which follow it.
 
         In the first step of the inner transformation, the eigenbases come from a single
-        gradient, which may be this one, or one like it.
+        gradient, which may be this one, or one like it. The last result says which
+        coordinates are then hidden by round-off.
         """
         coordinates, energies = _kronecker.project_and_measure(
             _placement.for_blocks(array.astype(leaf.dtype), leaf),
@@ -460,8 +467,8 @@ class _Update:
             leaf.layout,
             self.options["precision"],
         )
-        resolved = _kronecker.without_round_off(coordinates, energies, leaf.layout)
-        coordinates = jnp.where(is_first, resolved, coordinates)
+        is_hidden = _kronecker.hidden(coordinates, energies, leaf.layout)
+        is_hidden = jnp.logical_and(is_first, is_hidden)
         if self.options["factors"] == "kl":
             energies = _kronecker.whitened_energies(
                 coordinates, eigenvalues, leaf.layout
@@ -470,7 +477,8 @@ class _Update:
         if leaf.layout.has_factors:
             coordinates = _kronecker.bounded(coordinates)
         coordinates = _placement.like_parameter(coordinates, leaf)
-        return _apart_from_blocks(coordinates, leaf), eigenvalues
+        is_hidden = _placement.like_parameter(is_hidden, leaf)
+        return _apart_from_blocks(coordinates, leaf), eigenvalues, is_hidden
 
     def _projected_params(self, state: EigenbasisState) -> Any:
         """The tree of the coordinates of the parameters, or None without parameters."""

@@ -43,7 +43,7 @@ from soap_optax.parameters._layout import Layout
 
 PerAxis = Sequence[jax.Array | None]
 
-# What is at most this many units of round-off is hidden; see `without_round_off`.
+# What is at most this many units of round-off is hidden; see `hidden`.
 _RESOLUTION = 100
 # A refresh leaves no larger ratio of a first moment to the root of its second moment,
 # unless there was a larger one before. See `_raised`.
@@ -193,10 +193,8 @@ def project_and_measure(
     return gradient, energies
 
 
-def without_round_off(
-    coordinates: jax.Array, energies: PerAxis, layout: Layout
-) -> jax.Array:
-    """Zeros what round-off hides of a gradient in eigenbases that come from it alone.
+def hidden(coordinates: jax.Array, energies: PerAxis, layout: Layout) -> jax.Array:
+    """What round-off hides of a gradient in eigenbases that come from it alone.
 
     A matrix is diagonal there. What stands beside the diagonal is round-off, because
     the factors square its singular values s_i: about eps s^2 / s_i in the directions of
@@ -207,10 +205,13 @@ def without_round_off(
       coordinates: coordinates of the gradient.
       energies: its energies at each index of each axis with a factor, `[grid…, b]`.
       layout: layout of the parameter.
+
+    Returns:
+      Whether each coordinate is hidden, in the shape of the parameter.
     """
     known = [energy for energy in energies if energy is not None]
     if not known:
-        return coordinates
+        return jnp.zeros_like(coordinates, bool)
     blocks = layout.to_blocks(coordinates)
     largest = functools.reduce(jnp.maximum, [jnp.max(e, axis=-1) for e in known])
     scale = jnp.sqrt(jnp.where(largest > 0, largest, 1))
@@ -224,7 +225,7 @@ def without_round_off(
     is_hidden = sizes * functools.reduce(jnp.minimum, singular) < threshold
     # Energies of 0 say nothing, because the squares of small gradients underflow.
     is_hidden &= jnp.expand_dims(largest > 0, layout.within)
-    return layout.from_blocks(jnp.where(is_hidden, 0, blocks), coordinates)
+    return layout.from_blocks(is_hidden, coordinates)
 
 
 def project_back(

@@ -15,7 +15,7 @@ from soap_optax._soap import check_adam, nonzero, optimizer
 from soap_optax._state import EigenbasisState
 from soap_optax.mesh import _placement
 from soap_optax.parameters import _tree
-from soap_optax.parameters._tree import Leaf
+from soap_optax.parameters._tree import Leaf, Plan
 
 
 class ShampooState(NamedTuple):
@@ -198,11 +198,16 @@ def _grafted(
     With grafting each block of the preconditioner's update gets the norm of Adam's.
     """
 
-    def has_adam(params: optax.Params) -> Any:
-        plan = _tree.make_plan(params, options)
-        return plan.treedef.unflatten(
+    def adam_for(plan: Plan) -> optax.GradientTransformation:
+        """Adam for the parameters that it updates or grafts; the others are masked.
+
+        The mask is made here and not in `masked`, because Optimistix makes trees of
+        closures, and `masked` would take the tree of a function for a mask.
+        """
+        has_adam = plan.treedef.unflatten(
             grafting == "adam" or not leaf.layout.has_factors for leaf in plan.leaves
         )
+        return optax.masked(adam, lambda _: has_adam)
 
     def combine(step: Any, adam_step: Any, leaf: Leaf) -> jax.Array:
         if not leaf.layout.has_factors:
@@ -213,11 +218,10 @@ def _grafted(
         grafted = _kronecker.graft(step, adam_step, leaf.layout)
         return _placement.like_parameter(grafted, leaf)
 
-    adam = optax.masked(adam, has_adam)
-
     def init_fn(params: optax.Params) -> ShampooState:
-        wide = _tree.make_plan(params, options).widened()
-        return ShampooState(preconditioner.init(params), adam.init(wide))
+        plan = _tree.make_plan(params, options)
+        adam_state = adam_for(plan).init(plan.widened())
+        return ShampooState(preconditioner.init(params), adam_state)
 
     def update_fn(
         updates: optax.Updates,
@@ -230,7 +234,7 @@ def _grafted(
         steps, of_shampoo = preconditioner.update(
             wide, state.preconditioner, params, **extra_args
         )
-        of_adam, adam_state = adam.update(wide, state.adam)
+        of_adam, adam_state = adam_for(plan).update(wide, state.adam)
         of_leaf = zip(
             plan.treedef.flatten_up_to(steps),
             plan.treedef.flatten_up_to(of_adam),

@@ -288,6 +288,25 @@ def test_gradients_of_another_dtype():
     assert_same_types(new_state, state)
 
 
+@pytest.mark.parametrize("compiled", [False, True])
+def test_float64_of_numpy_without_x64(make, compiled):
+    """It is float32, as JAX takes it everywhere; here a warning is an error."""
+    with jax.enable_x64(False):
+        tx, params = make(), normal_tree()
+        rng = np.random.default_rng(0)
+        wide = jax.tree.map(lambda p: rng.normal(size=p.shape), params)
+        assert jax.tree.leaves(wide)[0].dtype == np.float64
+        narrow = jax.tree.map(jnp.asarray, wide)
+        update = jax.jit(tx.update) if compiled else tx.update
+        state = tx.init(wide)
+        assert_same_types(state, tx.init(narrow))
+        expected, after = update(narrow, state, narrow)
+        updates, new_state = update(wide, state, wide)
+        assert_same_types(updates, narrow)
+        assert_same_types(new_state, after)
+        assert_close(updates, expected, rtol=1e-6)
+
+
 @pytest.mark.parametrize("grads_dtype", ["float32", "float64"])
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
 @pytest.mark.parametrize("precond_dtype", [None, *DTYPES])

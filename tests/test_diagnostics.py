@@ -1,6 +1,8 @@
 """What a state says about its eigenbases, against NumPy."""
 
+import dataclasses
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -136,6 +138,29 @@ def test_inside_of_nnx():
     optimizer = nnx.Optimizer(model, soap_optax.soap(3e-3), wrt=nnx.Param)
     figures = soap_optax.diagnostics(optimizer.opt_state)
     assert isinstance(figures["kernel"][0], Diagnostics)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass
+class Pair:
+    """A module with a parameter whose name is that of the box of Flax."""
+
+    value: Any
+    other: Any
+
+
+def test_partitioned_parameters_that_are_called_value():
+    """Each optimizer sees the others' parameters as empty nodes, and is told apart."""
+    pair = Pair(normal(4, 3), normal(3, 2, seed=1))
+    params = {"pair": pair, "box": {"value": normal(2, 2, seed=2)}, "value": normal(3)}
+    labels = {"pair": Pair("a", "b"), "box": {"value": "b"}, "value": "a"}
+    soap = functools.partial(soap_optax.soap, 1e-3, precondition_frequency=4)
+    split = optax.partition({"a": soap(), "b": soap()}, labels)
+    found, expected = (
+        soap_optax.diagnostics(trained(tx, params)) for tx in (split, soap())
+    )
+    assert set(found["pair"]) == {"other", "value"}
+    jax.tree.map(np.testing.assert_array_equal, found, expected)
 
 
 def test_states_without_and_with_two():

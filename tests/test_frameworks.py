@@ -1,6 +1,7 @@
 """SOAP in Flax linen, Flax NNX and Equinox, saved and restored by Orbax."""
 
 import equinox as eqx
+import equinox.internal as eqxi
 import flax.linen as nn
 import flax.serialization
 import jax
@@ -196,6 +197,34 @@ def test_trees_that_could_be_called():
     assert factors["bias"] == (None,)
     sharding = soap_optax.state_sharding(tx, params, shardings)
     assert all(s.mesh == mesh for s in jax.tree.leaves(sharding))
+
+
+@pytest.mark.parametrize("grafting", ["soap", "adam", None])
+def test_functions_that_are_trees(grafting):
+    """Optimistix makes trees of all closures in an optimizer, which it minimises by."""
+    params = {"w": jnp.ones((3, 4, 2)), "b": jnp.ones(3)}
+    mesh = jax.make_mesh((1,), ("x",), axis_types=(jax.sharding.AxisType.Auto,))
+    replicated = jax.NamedSharding(mesh, jax.P())
+    numbers = {"w": soap_optax.DimensionNumbers((1, 2)), "b": None}
+    options = {
+        "dimension_numbers": lambda params: {name: numbers[name] for name in params},
+        "params_sharding": lambda params: jax.tree.map(lambda _: replicated, params),
+    }
+    if grafting == "soap":
+        tx = soap_optax.soap(1e-2, **options)
+    else:
+        tx = soap_optax.shampoo(1e-2, grafting=grafting, **options)
+    of_trees = eqxi.closure_to_pytree(tx)
+    assert jax.tree.leaves(of_trees) != jax.tree.leaves(tx)
+    states = [optimizer.init(params) for optimizer in (tx, of_trees)]
+    rng = np.random.default_rng(1)
+    for _ in range(3):
+        grads = jax.tree.map(lambda p: jnp.asarray(rng.normal(size=p.shape)), params)
+        expected, states[0] = tx.update(grads, states[0], params)
+        updates, states[1] = of_trees.update(grads, states[1], params)
+        assert_equal(updates, expected)
+        assert_equal(*states)
+    assert np.abs(updates["w"]).max() > 1e-4
 
 
 def test_an_nnx_parameter_that_is_called_value():

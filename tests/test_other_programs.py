@@ -532,7 +532,6 @@ def test_float32_stays_float32_in_x64(make):
     assert dtypes == {"float32", "int32"}
 
 
-@pytest.mark.xfail(strict=True, reason="NumPy's float64 is another change")
 @of("pasteurlabs/mosaic/pull/19")
 @both
 def test_gradients_that_numpy_has_projected(make):

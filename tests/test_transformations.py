@@ -340,29 +340,17 @@ def direction():
 
 
 class Tape:
-    """Refreshes in steps without jit: records their results, and plays them later.
-
-    It does the same for the coordinates of the first step that round-off hides.
-    """
+    """Refreshes in steps without jit: records their results, and plays them later."""
 
     def __init__(self, monkeypatch):
         self.tape, self.place = [], None
         self.refresh = _eigenbasis._compiled_refresh
-        self.resolve = _kronecker.without_round_off
-        monkeypatch.setattr(_eigenbasis, "_compiled_refresh", self.refreshed)
-        monkeypatch.setattr(_kronecker, "without_round_off", self.resolved)
+        monkeypatch.setattr(_eigenbasis, "_compiled_refresh", self.__call__)
 
     def rewind(self):
         self.place = iter(self.tape)
 
-    def resolved(self, coordinates, energies, layout):
-        if self.place is None:
-            resolved = self.resolve(coordinates, energies, layout)
-            self.tape.append(resolved == 0)
-            return resolved
-        return jnp.where(next(self.place), 0, coordinates)
-
-    def refreshed(self, leaves, refresh, bases, due):
+    def __call__(self, leaves, refresh, bases, due):
         if self.place is None:
             self.tape.append((bases, self.refresh(leaves, refresh, bases, due)))
             return self.tape[-1][1]

@@ -7,7 +7,6 @@ module also puts such lists into nested dicts and finds them there again. Its er
 name the parameter.
 """
 
-import collections
 import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -109,7 +108,9 @@ def make_plan(tree: Any, options: EigenbasisOptions) -> Plan:
         dtype = jnp.promote_types(array.dtype, jnp.float32)
         return Leaf(path, keys, layout, dtype, sharding)
 
-    planned = zip(paths, _dict_keys(paths), arrays, numbers, shardings, strict=True)
+    planned = zip(
+        paths, _dict_keys(paths, treedef), arrays, numbers, shardings, strict=True
+    )
     return Plan(treedef, [plan(*of_leaf) for of_leaf in planned], arrays)
 
 
@@ -167,22 +168,20 @@ def _as_array(param: Any, leaf: Leaf) -> jax.Array:
         ) from error
 
 
-def _dict_keys(paths: Sequence[tuple[Any, ...]]) -> list[tuple[str, ...]]:
+def _dict_keys(paths: Sequence[tuple[Any, ...]], treedef: Any) -> list[tuple[str, ...]]:
     """The names on each path, without the `value` of a box around a parameter.
 
     Flax puts parameters into boxes that hold metadata. NNX passes boxes to `init` and
     bare arrays to `update`, and both have to give the same names. The `value` of a box
-    is an attribute, which tells it from a key of a dict.
+    is an attribute, which tells it from a key of a dict, and the only child of the box.
 
     Raises:
       ValueError: naming two parameters whose names are the same.
     """
     box = jax.tree_util.GetAttrKey("value")
-    siblings = collections.Counter(path[:i] for path in paths for i in range(len(path)))
     found: dict[tuple[str, ...], Any] = {}
-    for path in paths:
-        is_boxed = path[-1:] == (box,) and siblings[path[:-1]] == 1
-        keys = path[:-1] if is_boxed else path
+    for path, is_alone in zip(paths, _only_children(treedef), strict=True):
+        keys = path[:-1] if is_alone and path[-1] == box else path
         names = tuple(jax.tree_util.keystr((key,), simple=True) for key in keys)
         if names in found:
             raise ValueError(
@@ -191,6 +190,18 @@ def _dict_keys(paths: Sequence[tuple[Any, ...]]) -> list[tuple[str, ...]]:
             )
         found[names] = path
     return list(found)
+
+
+def _only_children(treedef: Any) -> list[bool]:
+    """Says of each leaf whether its node has no other child, not even an empty one.
+
+    An empty child is None, or a parameter that another optimizer of a partition has.
+    """
+    leaf: Any = jax.tree.structure(0)
+    children = treedef.children()
+    if treedef == leaf or children == [leaf]:
+        return [treedef != leaf]
+    return [is_alone for child in children for is_alone in _only_children(child)]
 
 
 def nest(leaves: Sequence[Leaf], values: Sequence[Sequence[Any]]) -> Any:
@@ -246,7 +257,7 @@ def check_no_others(leaves: Sequence[Leaf], nested: Any) -> None:
 
 def _resolve_dimension_numbers(numbers: Any, tree: Any, count: int) -> list[Any]:
     """The dimension numbers of each parameter, None where the shape decides."""
-    if _is_function(numbers):
+    if _is_function(numbers, is_dimension_numbers):
         numbers = numbers(tree)
     if numbers is None or is_dimension_numbers(numbers):
         return [numbers] * count
@@ -271,11 +282,10 @@ def resolve_shardings(tree: Any, params_sharding: Any) -> list[_mesh.NamedShardi
         mesh does not have, does not fit the parameter's shape, or is on another mesh
         than the others; it names the parameter.
     """
-    is_sharding = lambda x: isinstance(x, (jax.sharding.Sharding, jax.P))  # noqa: E731
-    if _is_function(params_sharding):
+    if _is_function(params_sharding, _is_sharding):
         params_sharding = params_sharding(tree)
     given = _per_parameter(
-        "params_sharding", params_sharding, tree, is_sharding, _mesh.SHARDING_RULE
+        "params_sharding", params_sharding, tree, _is_sharding, _mesh.SHARDING_RULE
     )
     shardings: list[_mesh.NamedSharding] = []
     entries = jax.tree_util.tree_flatten_with_path(tree)[0]
@@ -289,9 +299,19 @@ def resolve_shardings(tree: Any, params_sharding: Any) -> list[_mesh.NamedShardi
     return shardings
 
 
-def _is_function(given: Any) -> bool:
-    """Says whether an option is a function. A tree is none, even if it is callable."""
-    return callable(given) and jax.tree_util.all_leaves([given])
+def _is_sharding(node: Any) -> bool:
+    return isinstance(node, (jax.sharding.Sharding, jax.P))
+
+
+def _is_function(given: Any, is_entry: Callable[[Any], bool]) -> bool:
+    """Says whether an option is a function, and not a tree of entries.
+
+    A tree may be callable, like an Equinox module. A function may be a tree, because
+    Optimistix makes trees of closures. A tree of entries has nothing else in it.
+    """
+    is_leaf = lambda node: node is None or is_entry(node)  # noqa: E731
+    is_tree = all(map(is_leaf, jax.tree.leaves(given, is_leaf=is_leaf)))
+    return callable(given) and not is_tree
 
 
 def _known_shardings(
@@ -311,7 +331,7 @@ def _known_shardings(
         return unknown
     shardings = [_mesh.explicit_sharding(a, range(a.ndim)) for a in arrays]
     if all(sharding is None for sharding in shardings) and params_sharding is not None:
-        if _is_function(params_sharding):
+        if _is_function(params_sharding, _is_sharding):
             params_sharding = _made_from_shapes(params_sharding, tree)
         shardings = list(resolve_shardings(tree, params_sharding))
     return unknown if None in shardings else shardings
