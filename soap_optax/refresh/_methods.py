@@ -61,9 +61,11 @@ class RefreshRequest:
     Attributes:
       decompose: whether to find the eigenvectors of the factors by decomposition, as at
         the first step, when nothing is known of them. None says that this is never
-        asked, so that no decomposition is compiled.
+        asked, so that no decomposition is compiled. A method gets a scalar, also under
+        `jax.vmap`.
       tolerance: an eigenbasis Q may stay while the norm of the off-diagonal part of
         Q^T M Q is at most this share of the norm of M. None means that it may not.
+        Under `jax.vmap` over tolerances it is an array `[n, ...]` like `wanted`.
       precision: precision of the products of matrices.
     """
 
@@ -76,6 +78,8 @@ class RefreshMethod(abc.ABC):
     """A method of refreshing eigenbases.
 
     A subclass is a frozen dataclass, whose fields are the parameters of the method.
+    Under `jax.vmap` the function gets the matrices of all members of an ensemble in one
+    batch, and derivatives do not go through it.
     """
 
     @abc.abstractmethod
