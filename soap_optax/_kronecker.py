@@ -347,33 +347,35 @@ def change_basis(
       The new moments, and `is_new` with false where a block would not stay finite. Such
       a block keeps its moments and its coordinates along all axes.
     """
-    pairs = zip(old, new, strict=True)
-    turning = [i for i, pair in enumerate(pairs) if all(q is not None for q in pair)]
-    if not turning or not jax.tree.leaves(moments):
+    turns = [
+        (_alone(q, i, layout), _alone(other, i, layout), take)
+        for i, (q, other, take) in enumerate(zip(old, new, is_new, strict=True))
+        if q is not None and other is not None and take is not None
+    ]
+    if not turns or not jax.tree.leaves(moments):
         return list(moments), list(is_new)
 
     def turn(array: jax.Array) -> jax.Array:
-        for i in turning:
-            bases = _alone(old[i], i, layout), _alone(new[i], i, layout)
-            turned = project_back(array, bases[0], layout, precision)
-            turned = project(turned, bases[1], layout, precision)
-            array = _where_blocks(is_new[i], turned, array, layout)
+        for q, other, take in turns:
+            turned = project_back(array, q, layout, precision)
+            turned = project(turned, other, layout, precision)
+            array = _where_blocks(take, turned, array, layout)
         return array
 
     def one(group: Moments) -> Moments:
         first, raised = [turn(array) for array in group.first], group.second
         for pair in zip(group.first, first, strict=True):
             raised = [_raised(square, *pair, layout) for square in raised]
-        pairs = zip(raised, group.second, strict=True)
-        return Moments(first, [jnp.where(raises, *pair) for pair in pairs])
+        second = zip(raised, group.second, strict=True)
+        return Moments(first, [jnp.where(raises, *pair) for pair in second])
 
     turned = [one(group) for group in moments]
     pairs = list(zip(jax.tree.leaves(moments), jax.tree.leaves(turned), strict=True))
-    of_pairs = [_is_finite(b, layout) | ~_is_finite(a, layout) for a, b in pairs]
-    is_finite = functools.reduce(jnp.logical_and, of_pairs)
-    kept = [_where_blocks(is_finite, after, before, layout) for before, after in pairs]
-    turned = jax.tree.unflatten(jax.tree.structure(turned), kept)
-    return turned, [None if take is None else take & is_finite for take in is_new]
+    are_fine = [_is_finite(b, layout) | ~_is_finite(a, layout) for a, b in pairs]
+    is_fine = functools.reduce(jnp.logical_and, are_fine)
+    kept = [_where_blocks(is_fine, after, before, layout) for before, after in pairs]
+    taken = [None if take is None else take & is_fine for take in is_new]
+    return jax.tree.unflatten(jax.tree.structure(turned), kept), taken
 
 
 def _raised(
