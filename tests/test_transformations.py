@@ -374,7 +374,7 @@ class Tape:
         return after._replace(eigenvalues=values, moments=moments)
 
 
-def difference_quotient(make, monkeypatch, step=1e-5):
+def difference_quotient(make, monkeypatch, step=2e-6):
     """Along `direction`, with the eigenbases and eigenvalues of all refreshes fixed."""
     tape = Tape(monkeypatch)
     train(make, *start())
