@@ -84,21 +84,21 @@ lint: setup
 	$(BIN)/mypy
 
 test: lint
-	$(BIN)/python -m pytest -n 2
+	$(BIN)/python -m pytest -n 2 --dist loadgroup
 
 # make test compiles faster than users do, see tests/conftest.py.
 test-default-flags: setup
-	XLA_FLAGS=--xla_force_host_platform_device_count=8 $(BIN)/python -m pytest -n 2 \
+	XLA_FLAGS=--xla_force_host_platform_device_count=8 $(BIN)/python -m pytest -n 2 --dist loadgroup \
 		tests/test_golden.py tests/test_contract.py tests/test_reliability.py \
 		tests/test_sharding.py
 
 test-slow: setup
-	$(BIN)/python -m pytest -n 2 -m slow
-	$(BIN)/python -m pytest -n 2 --hypothesis-profile slow tests/test_properties.py
+	$(BIN)/python -m pytest -n 2 --dist loadgroup -m slow
+	$(BIN)/python -m pytest -n 2 --dist loadgroup --hypothesis-profile slow tests/test_properties.py
 
 test-oldest:
 	$(MAKE) setup VENV=.venv-oldest PINS="jax==0.7.2 jaxlib==0.7.2 optax==0.2.6"
-	.venv-oldest/bin/python -m pytest -n 2
+	.venv-oldest/bin/python -m pytest -n 2 --dist loadgroup
 
 dist-check:
 	$(PYTHON) .ci/check_dist.py

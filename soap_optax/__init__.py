@@ -11,6 +11,7 @@ from soap_optax._soap import soap as soap
 from soap_optax._state import EigenbasisState as EigenbasisState
 from soap_optax.mesh._placement import state_sharding as state_sharding
 from soap_optax.parameters._layout import DimensionNumbers as DimensionNumbers
+from soap_optax.parameters._matrices import matrices as matrices
 from soap_optax.refresh._methods import QR as QR
 from soap_optax.refresh._methods import CholeskyQR as CholeskyQR
 from soap_optax.refresh._methods import Eigh as Eigh

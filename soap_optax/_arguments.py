@@ -74,6 +74,10 @@ def positive(name: str, value: Any) -> None:
     require(name, value, "a finite number above 0", bool(holds))
 
 
+learning_rate = or_schedule(number(-np.inf))
+weight_decay = or_schedule(number(0))
+
+
 def static(name: str, value: Any) -> None:
     """A rule against arrays, which `optax.inject_hyperparams` makes of numbers."""
     if isinstance(value, jax.Array):

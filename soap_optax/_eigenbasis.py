@@ -543,14 +543,16 @@ class _Update:
         eigenbases: Any,
         eigenvalues: Any,
     ) -> jax.Array:
-        """Damps an inner update, projects it back and clips it."""
+        """Damps an inner update, projects it back and bounds or sets its size."""
         options, layout = self.options, leaf.layout
         round_off = self._round_off(leaf, gradient, eigenbases)
-        limit = options["clip_update_rms"]
+        wanted, limit = options["update_rms"], options["clip_update_rms"]
         update = _placement.for_blocks(_apart_from_blocks(update, leaf), leaf)
         update = _kronecker.damp(update, eigenvalues, layout, round_off)
         step = _kronecker.project_back(update, eigenbases, layout, options["precision"])
-        if layout.has_factors and limit is not None:
+        if layout.has_factors and wanted is not None:
+            step = _kronecker.set_rms(step, layout, wanted)
+        elif layout.has_factors and limit is not None:
             step = _kronecker.clip_rms(step, layout, limit)
         return _placement.like_parameter(step.astype(leaf.dtype), leaf)
 

@@ -13,6 +13,7 @@ which form the diagonal matrix E_i. The functions here compute:
     root           G' x_1 E_1^-p ... x_k E_k^-p          (for Shampoo: L^-p G R^-p)
     rank_one       roots of the second moments of G', from their means along each axis
     clip_rms       blocks of G' scaled down to a root mean square
+    set_rms        blocks of G' scaled to a root mean square
     graft          blocks of G' scaled to the norms of the blocks of another array
     change_basis   G' x_1 (Q_1^T Q_1^new)^T ...         (into the refreshed eigenbases)
 
@@ -545,26 +546,42 @@ def clip_rms(
     return clipped.astype(array.dtype)
 
 
+def set_rms(
+    array: jax.Array, layout: Layout, wanted: jax.typing.ArrayLike
+) -> jax.Array:
+    """Scales each block to a root mean square. A block of zeros stays as it is."""
+    blocks, _, norm = _over_largest(array, layout)
+    size = math.prod(blocks.shape[axis] for axis in layout.within)
+    wanted = jnp.asarray(wanted, blocks.dtype) * size**0.5
+    scaled = blocks * (wanted / jnp.where(norm > 0, norm, 1))
+    return layout.from_blocks(scaled, array).astype(array.dtype)
+
+
 def graft(array: jax.Array, like: jax.Array, layout: Layout) -> jax.Array:
     """Scales each block to the norm of the corresponding block of `like`.
 
-    A block of zeros stays as it is. No norm underflows or overflows, because entries
-    are divided by the largest of their block before they are squared.
+    A block of zeros stays as it is.
     """
-
-    def divided(array: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-        """The blocks over their largest entries, the latter, and the norms left."""
-        blocks = layout.to_blocks(array)
-        largest = jnp.max(jnp.abs(blocks), layout.within, keepdims=True)
-        # What is left does not depend on this number, nor do derivatives.
-        largest = jax.lax.stop_gradient(jnp.where(largest > 0, largest, 1))
-        blocks = blocks / largest
-        norm = safe_root(_energy(blocks, layout))
-        return blocks, largest, jnp.expand_dims(norm, layout.within)
-
-    (blocks, _, norm), (_, largest, wanted) = divided(array), divided(like)
+    blocks, _, norm = _over_largest(array, layout)
+    _, largest, wanted = _over_largest(like, layout)
     scaled = blocks * (wanted / jnp.where(norm > 0, norm, 1)) * largest
     return layout.from_blocks(scaled, array)
+
+
+def _over_largest(
+    array: jax.Array, layout: Layout
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """The blocks over their largest entries, the latter, and the norms that are left.
+
+    So no norm underflows or overflows.
+    """
+    blocks = layout.to_blocks(at_least_float32(array))
+    largest = jnp.max(jnp.abs(blocks), layout.within, keepdims=True)
+    # The product of what is left does not depend on this number, nor do derivatives.
+    largest = jax.lax.stop_gradient(jnp.where(largest > 0, largest, 1))
+    blocks = blocks / largest
+    norm = safe_root(_energy(blocks, layout))
+    return blocks, largest, jnp.expand_dims(norm, layout.within)
 
 
 def safe_root(array: jax.Array) -> jax.Array:

@@ -21,6 +21,7 @@ from typing import (
 )
 
 import jax
+import optax
 
 from soap_optax import _arguments
 from soap_optax.refresh import _methods
@@ -87,6 +88,10 @@ class FamilyOptions(TypedDict, total=False):
         jax.typing.ArrayLike | None,
         Option(None, _arguments.optional(_arguments.number(0, 1))),
     ]
+    update_rms: Annotated[
+        jax.typing.ArrayLike | None,
+        Option(None, _arguments.optional(_arguments.positive)),
+    ]
     params_sharding: Annotated[
         Any, Option(None, _arguments.tree_or_function("shardings"))
     ]
@@ -103,6 +108,52 @@ class EigenbasisOptions(FamilyOptions, total=False):
         jax.typing.ArrayLike | None,
         Option(None, _arguments.optional(_arguments.positive)),
     ]
+
+
+class AdamOptions(TypedDict, total=False):
+    """The settings of Adam for parameters without factors; see `soap_optax.soap`."""
+
+    adam_b1: Annotated[
+        jax.typing.ArrayLike | None,
+        Option(None, _arguments.optional(_arguments.number(0, 1))),
+    ]
+    adam_b2: Annotated[
+        jax.typing.ArrayLike | None,
+        Option(None, _arguments.optional(_arguments.number(0, 1))),
+    ]
+    adam_eps: Annotated[
+        jax.typing.ArrayLike | None,
+        Option(None, _arguments.optional(_arguments.number(0))),
+    ]
+
+
+class RateOptions(TypedDict, total=False):
+    """Learning rate and weight decay of parameters without factors."""
+
+    adam_learning_rate: Annotated[
+        optax.ScalarOrSchedule | None,
+        Option(None, _arguments.optional(_arguments.learning_rate)),
+    ]
+    adam_weight_decay: Annotated[
+        optax.ScalarOrSchedule | None,
+        Option(None, _arguments.optional(_arguments.weight_decay)),
+    ]
+
+
+class ScaleBySoapOptions(EigenbasisOptions, AdamOptions, total=False):
+    """The options of `scale_by_soap`."""
+
+
+class SoapOptions(ScaleBySoapOptions, RateOptions, total=False):
+    """The options of `soap`."""
+
+
+class ScaleByShampooOptions(FamilyOptions, AdamOptions, total=False):
+    """The options of `scale_by_shampoo`."""
+
+
+class ShampooOptions(ScaleByShampooOptions, RateOptions, total=False):
+    """The options of `shampoo`."""
 
 
 def _check_together(options: Mapping[str, Any]) -> None:

@@ -1,7 +1,8 @@
 """Shampoo, SOAP's ancestor: powers of the eigenvalues in place of Adam."""
 
 import functools
-from collections.abc import Callable
+import itertools
+from collections.abc import Callable, Sequence
 from typing import Any, Literal, NamedTuple, Unpack
 
 import jax
@@ -9,9 +10,20 @@ import optax
 
 from soap_optax import _arguments, _kronecker
 from soap_optax._eigenbasis import Inner, make_transformation
-from soap_optax._factorized import scale_by_shampoo_roots
-from soap_optax._options import EigenbasisOptions, FamilyOptions, complete, takes
-from soap_optax._soap import check_adam, nonzero, optimizer
+from soap_optax._inner import AdamSettings, scale_by_adam, scale_by_shampoo_roots
+from soap_optax._options import (
+    FamilyOptions,
+    ScaleByShampooOptions,
+    ShampooOptions,
+    complete,
+    takes,
+)
+from soap_optax._soap import (
+    check_adam,
+    nonzero,
+    optimizer,
+    settings_of_adam,
+)
 from soap_optax._state import EigenbasisState
 from soap_optax.mesh import _placement
 from soap_optax.parameters import _tree
@@ -31,11 +43,10 @@ class ShampooState(NamedTuple):
     adam: optax.OptState
 
 
-# Both functions have the same options, with the same defaults.
-_takes_options = takes(FamilyOptions, refresh="eigh")
+_DEFAULTS = {"refresh": "eigh", "adam_eps": 1e-8}  # They are those of both functions.
 
 
-@_takes_options
+@takes(ShampooOptions, **_DEFAULTS)
 def shampoo(
     learning_rate: optax.ScalarOrSchedule,
     b1: jax.typing.ArrayLike = 0.95,
@@ -49,8 +60,7 @@ def shampoo(
     nesterov: bool = False,
     power: jax.typing.ArrayLike = 0.4,
     grafting: Literal["adam"] | None = "adam",
-    adam_eps: jax.typing.ArrayLike = 1e-8,
-    **options: Unpack[FamilyOptions],
+    **options: Unpack[ShampooOptions],
 ) -> optax.GradientTransformationExtraArgs:
     r"""Shampoo, with the layouts, blocks and refreshes of `soap`.
 
@@ -87,7 +97,12 @@ def shampoo(
         published for matrices, it is 1/2 for Adafactor in the eigenbasis, and it was
         1/2.5 in the experiments of the SOAP paper.
       grafting: `"adam"` for blocks with the norms of Adam's updates, or None.
+        `update_rms` comes in its place.
+      adam_learning_rate: see `soap`.
+      adam_b1: decay of Adam's first moment for parameters without factors; see `soap`.
+      adam_b2: the same of its second moment.
       adam_eps: added to the root of Adam's second moment, at least 0.
+      adam_weight_decay: see `soap`.
       nesterov: whether the mean gradient and Adam's first moment look one step ahead.
       refresh: `"eigh"`, a full decomposition at every refresh, or any other method that
         `soap` takes.
@@ -119,6 +134,8 @@ def shampoo(
       Distributed Shampoo Optimizer <https://arxiv.org/abs/2309.06497>`_, 2023, for
       epsilon.
     """
+    own: Any = options
+    of_others = own.pop("adam_learning_rate"), own.pop("adam_weight_decay")
     transformation = scale_by_shampoo(
         b1,
         b2,
@@ -128,13 +145,13 @@ def shampoo(
         nesterov=nesterov,
         power=power,
         grafting=grafting,
-        adam_eps=adam_eps,
-        **options,
+        **own,
     )
-    return optimizer(transformation, learning_rate, weight_decay, mask)
+    rate_and_decay = learning_rate, weight_decay
+    return optimizer(transformation, rate_and_decay, of_others, mask, options)
 
 
-@_takes_options
+@takes(ScaleByShampooOptions, **_DEFAULTS)
 def scale_by_shampoo(
     b1: jax.typing.ArrayLike = 0.95,
     b2: jax.typing.ArrayLike = 0.95,
@@ -145,8 +162,7 @@ def scale_by_shampoo(
     nesterov: bool = False,
     power: jax.typing.ArrayLike = 0.4,
     grafting: Literal["adam"] | None = "adam",
-    adam_eps: jax.typing.ArrayLike = 1e-8,
-    **options: Unpack[FamilyOptions],
+    **options: Unpack[ScaleByShampooOptions],
 ) -> optax.GradientTransformationExtraArgs:
     """Rescales updates by Shampoo: a mean of gradients, scaled in the eigenbasis.
 
@@ -166,13 +182,11 @@ def scale_by_shampoo(
     check_adam(b1, b2, eps, eps_root, mu_dtype, nesterov)
     _arguments.check(
         power=(power, _arguments.number(0)),
-        adam_eps=(adam_eps, _arguments.number(0)),
         grafting=(grafting, _arguments.choice("adam", None)),
     )
     if options["shampoo_beta"] is None:
         options["shampoo_beta"] = b2
-    all_options = complete(**options, basis="current", clip_update_rms=None)
-    roots = functools.partial(
+    inner = functools.partial(
         scale_by_shampoo_roots,
         b1=b1,
         power=power,
@@ -180,24 +194,35 @@ def scale_by_shampoo(
         mu_dtype=mu_dtype,
         nesterov=nesterov,
     )
-    inner = Inner(roots, rounds=False)
-    preconditioner = make_transformation(inner, all_options)
-    adam = optax.scale_by_adam(
-        b1, b2, nonzero(adam_eps), eps_root, mu_dtype, nesterov=nesterov
+    of_grafts = AdamSettings(b1, b2, nonzero(options["adam_eps"]))
+    differing = options["adam_b1"], options["adam_b2"], None
+    adam = functools.partial(
+        scale_by_adam,
+        settings=settings_of_adam(of_grafts, *differing, mu_dtype),
+        eps_root=eps_root,
+        mu_dtype=mu_dtype,
+        nesterov=nesterov,
     )
-    return _grafted(preconditioner, adam, grafting, all_options)
+    return _grafted(Inner(inner, rounds=False), adam, grafting, options)
 
 
 def _grafted(
-    preconditioner: optax.GradientTransformationExtraArgs,
-    adam: optax.GradientTransformation,
+    inner: Inner,
+    adam: Callable[[Sequence[Leaf], Any], optax.GradientTransformation],
     grafting: str | None,
-    options: EigenbasisOptions,
+    given: ScaleByShampooOptions,
 ) -> optax.GradientTransformationExtraArgs:
-    """Runs Adam for parameters without factors, and the preconditioner for the others.
+    """Runs Adam for parameters without factors, and `inner` for the others.
 
-    With grafting each block of the preconditioner's update gets the norm of Adam's.
+    With grafting, each block of an update of `inner` gets the norm of Adam's. The root
+    mean square `update_rms` comes in its place.
     """
+    update_rms = given["update_rms"]
+    grafting = grafting if update_rms is None else None
+    names = FamilyOptions.__annotations__.keys() - {"update_rms"}
+    family = {name: value for name, value in given.items() if name in names}
+    options = complete(**family, basis="current", clip_update_rms=None)
+    preconditioner = make_transformation(inner, options)
 
     def adam_for(plan: Plan) -> optax.GradientTransformation:
         """Adam for the parameters that it updates or grafts; the others are masked.
@@ -205,19 +230,23 @@ def _grafted(
         The mask is made here and not in `masked`, because Optimistix makes trees of
         closures, and `masked` would take the tree of a function for a mask.
         """
-        has_adam = plan.treedef.unflatten(
+        is_adam = [
             grafting == "adam" or not leaf.layout.has_factors for leaf in plan.leaves
-        )
-        return optax.masked(adam, lambda _: has_adam)
+        ]
+        has_adam = plan.treedef.unflatten(is_adam)
+        leaves = list(itertools.compress(plan.leaves, is_adam))
+        return optax.masked(adam(leaves, None), lambda _: has_adam)
 
     def combine(step: Any, adam_step: Any, leaf: Leaf) -> jax.Array:
         if not leaf.layout.has_factors:
             return adam_step
-        if grafting is None:
-            return step
-        step, adam_step = (_placement.for_blocks(s, leaf) for s in (step, adam_step))
-        grafted = _kronecker.graft(step, adam_step, leaf.layout)
-        return _placement.like_parameter(grafted, leaf)
+        step = _placement.for_blocks(step, leaf)
+        if update_rms is not None:
+            step = _kronecker.set_rms(step, leaf.layout, update_rms)
+        elif grafting is not None:
+            adam_step = _placement.for_blocks(adam_step, leaf)
+            step = _kronecker.graft(step, adam_step, leaf.layout)
+        return _placement.like_parameter(step, leaf)
 
     def init_fn(params: optax.Params) -> ShampooState:
         plan = _tree.make_plan(params, options)

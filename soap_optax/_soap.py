@@ -1,8 +1,8 @@
 """SOAP, which is Adam in an eigenbasis, and the documentation of all options."""
 
 import functools
-from collections.abc import Callable
-from typing import Any, Unpack
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple, Unpack
 
 import jax
 import jax.numpy as jnp
@@ -10,15 +10,24 @@ import optax
 
 from soap_optax import _arguments
 from soap_optax._eigenbasis import Inner, make_transformation
-from soap_optax._factorized import scale_by_factorized_adam
+from soap_optax._inner import (
+    AdamSettings,
+    scale_by_adam,
+    scale_by_factorized_adam,
+)
 from soap_optax._moments import Words
-from soap_optax._options import EigenbasisOptions, takes
+from soap_optax._options import (
+    FamilyOptions,
+    ScaleBySoapOptions,
+    SoapOptions,
+    takes,
+)
+from soap_optax.parameters import _tree
 
-# Both functions have the same options, with the same defaults.
-_takes_options = takes(EigenbasisOptions, clip_update_rms=10.0)
+_CLIP = {"clip_update_rms": 10.0}  # It is a default of both functions.
 
 
-@_takes_options
+@takes(SoapOptions, **_CLIP)
 def soap(
     learning_rate: optax.ScalarOrSchedule,
     b1: jax.typing.ArrayLike = 0.95,
@@ -31,7 +40,7 @@ def soap(
     *,
     nesterov: bool = False,
     factorized: bool = False,
-    **options: Unpack[EigenbasisOptions],
+    **options: Unpack[SoapOptions],
 ) -> optax.GradientTransformationExtraArgs:
     r"""SOAP: Adam in the slowly turning eigenbasis of Shampoo's preconditioner.
 
@@ -78,6 +87,13 @@ def soap(
       factorized: whether the second moment of each block has rank one, as in Adafactor.
         Only the means of its rows and columns are kept, which saves as much memory as
         the parameters take.
+      adam_learning_rate: step size, or a schedule, of parameters without factors, which
+        Adam updates. This and the next four arguments have the names that
+        `optax.contrib.muon` gives them; None means what parameters with factors have.
+      adam_b1: decay of the first moment of parameters without factors, in [0, 1).
+      adam_b2: decay of the second moment of parameters without factors, in [0, 1).
+      adam_eps: `eps` of parameters without factors, at least 0.
+      adam_weight_decay: weight decay of parameters without factors, or a schedule.
       shampoo_beta: decay of the factors, in [0, 1); None means `b2`.
       precondition_frequency: steps from one refresh to the next: a positive integer, or
         a schedule `count -> int`. A refresh is due at each step whose count it divides.
@@ -137,6 +153,10 @@ def soap(
         null directions as they are. 0, as published, multiplies by 1. A model that
         computes in bfloat16 and hands over float32 gradients hides its rounding:
         give 1e-4, or cast the gradients to bfloat16 before.
+      update_rms: root mean square, above 0, to which the update of each block of a
+        parameter with factors is scaled before weight decay and learning rate. None, as
+        published, leaves updates as they are. With 0.2 the learning rates of AdamW
+        carry over, as with `consistent_rms` of `optax.contrib.muon`.
       clip_update_rms: bound, above 0, of the root mean square of the update of a block
         of a parameter with factors, before the learning rate. None, as published, means
         no bound. While the basis stays, Adam itself keeps to a bound of 1 (if b1 = b2).
@@ -175,6 +195,8 @@ def soap(
       Vyas et al., `SOAP: Improving and Stabilizing Shampoo using Adam
       <https://arxiv.org/abs/2409.11321>`_, 2024
     """
+    own: Any = options
+    of_others = own.pop("adam_learning_rate"), own.pop("adam_weight_decay")
     transformation = scale_by_soap(
         b1,
         b2,
@@ -183,21 +205,47 @@ def soap(
         mu_dtype,
         nesterov=nesterov,
         factorized=factorized,
-        **options,
+        **own,
     )
-    return optimizer(transformation, learning_rate, weight_decay, mask)
+    rate_and_decay = learning_rate, weight_decay
+    return optimizer(transformation, rate_and_decay, of_others, mask, options)
 
 
 def optimizer(
     transformation: optax.GradientTransformation,
+    of_matrices: tuple[optax.ScalarOrSchedule, optax.ScalarOrSchedule],
+    of_others: tuple[optax.ScalarOrSchedule | None, optax.ScalarOrSchedule | None],
+    mask: Any | Callable[[optax.Params], Any] | None,
+    options: FamilyOptions,
+) -> optax.GradientTransformationExtraArgs:
+    """Chains a transformation with weight decay and learning rate, as `optax.adamw`.
+
+    Args:
+      transformation: makes the updates.
+      of_matrices: learning rate and weight decay of the parameters with factors.
+      of_others: those of the parameters without, if they differ.
+      mask: says which parameters decay.
+      options: a value for every option, which decide what has factors.
+    """
+    _arguments.check(
+        learning_rate=(of_matrices[0], _arguments.learning_rate),
+        weight_decay=(of_matrices[1], _arguments.weight_decay),
+    )
+    last = _decay_and_rate(*of_matrices, mask)
+    if of_others != (None, None):
+        rate, decay = (
+            of_matrix if of_other is None else of_other
+            for of_other, of_matrix in zip(of_others, of_matrices, strict=True)
+        )
+        last = _apart(last, _decay_and_rate(rate, decay, mask), options)
+    return optax.chain(transformation, *last)
+
+
+def _decay_and_rate(
     learning_rate: optax.ScalarOrSchedule,
     weight_decay: optax.ScalarOrSchedule,
-    mask: Any | Callable[[optax.Params], Any] | None,
-) -> optax.GradientTransformationExtraArgs:
-    """Chains a transformation with weight decay and learning rate, as `optax.adamw`."""
-    _arguments.check(
-        learning_rate=(learning_rate, _RATE), weight_decay=(weight_decay, _DECAY)
-    )
+    mask: Any,
+) -> tuple[optax.GradientTransformation, ...]:
     # Without decay no pass over the parameters is needed. A traced 0 may change, and
     # with a mask the state keeps the structure that it has with decay.
     is_number = isinstance(weight_decay, (int, float))
@@ -205,16 +253,54 @@ def optimizer(
         decay: optax.GradientTransformation = optax.identity()
     else:
         decay = optax.add_decayed_weights(weight_decay, mask)
-    return optax.chain(
-        transformation, decay, optax.scale_by_learning_rate(learning_rate)
-    )
+    return decay, optax.scale_by_learning_rate(learning_rate)
 
 
-_RATE = _arguments.or_schedule(_arguments.number(-float("inf")))
-_DECAY = _arguments.or_schedule(_arguments.number(0))
+class ApartState(NamedTuple):
+    """State of what differs between parameters with factors and the others.
+
+    Attributes:
+      of_matrices: state of the transformation of parameters with factors.
+      of_others: state of the transformation of all others.
+    """
+
+    of_matrices: optax.OptState
+    of_others: optax.OptState
 
 
-@_takes_options
+def _apart(
+    of_matrices: Sequence[optax.GradientTransformation],
+    of_others: Sequence[optax.GradientTransformation],
+    options: FamilyOptions,
+) -> tuple[optax.GradientTransformation]:
+    """Takes updates of parameters without factors from another transformation.
+
+    Both transformations see all parameters, because decay and learning rates have no
+    state for a parameter. A compiled step computes only what is taken.
+    """
+    both = optax.chain(*of_matrices), optax.chain(*of_others)
+
+    def init_fn(params: optax.Params) -> ApartState:
+        return ApartState(*(tx.init(params) for tx in both))
+
+    def update_fn(
+        updates: optax.Updates, state: ApartState, params: optax.Params | None = None
+    ) -> tuple[optax.Updates, ApartState]:
+        plan = _tree.make_plan(updates, options)
+        results = [
+            tx.update(updates, s, params) for tx, s in zip(both, state, strict=True)
+        ]
+        steps = (plan.treedef.flatten_up_to(step) for step, _ in results)
+        taken = [
+            of_matrix if leaf.layout.has_factors else of_other
+            for of_matrix, of_other, leaf in zip(*steps, plan.leaves, strict=True)
+        ]
+        return plan.treedef.unflatten(taken), ApartState(*(s for _, s in results))
+
+    return (optax.GradientTransformation(init_fn, update_fn),)
+
+
+@takes(ScaleBySoapOptions, **_CLIP)
 def scale_by_soap(
     b1: jax.typing.ArrayLike = 0.95,
     b2: jax.typing.ArrayLike = 0.95,
@@ -224,7 +310,7 @@ def scale_by_soap(
     *,
     nesterov: bool = False,
     factorized: bool = False,
-    **options: Unpack[EigenbasisOptions],
+    **options: Unpack[ScaleBySoapOptions],
 ) -> optax.GradientTransformationExtraArgs:
     """Rescales updates by SOAP: `in_eigenbasis` of `optax.scale_by_adam`.
 
@@ -246,12 +332,11 @@ def scale_by_soap(
     _arguments.check(factorized=(factorized, _arguments.flag))
     if options["shampoo_beta"] is None:
         options["shampoo_beta"] = b2
-    adam = scale_by_factorized_adam if factorized else _scale_by_adam
+    differing = options["adam_b1"], options["adam_b2"], options["adam_eps"]
+    settings = AdamSettings(b1, b2, nonzero(eps))
     make = functools.partial(
-        adam,
-        b1=b1,
-        b2=b2,
-        eps=nonzero(eps),
+        scale_by_factorized_adam if factorized else scale_by_adam,
+        settings=settings_of_adam(settings, *differing, mu_dtype),
         eps_root=eps_root,
         mu_dtype=mu_dtype,
         nesterov=nesterov,
@@ -276,6 +361,24 @@ def check_adam(
     _arguments.slowest_mean("b1", b1, mu_dtype, "mu_dtype")
 
 
+def settings_of_adam(
+    of_factored: AdamSettings, b1: Any, b2: Any, eps: Any, mu_dtype: Any
+) -> tuple[AdamSettings, AdamSettings]:
+    """The settings of parameters with factors, and those of the others.
+
+    Args:
+      of_factored: settings of the parameters with factors.
+      b1: what differs for the others, or None.
+      b2: the same.
+      eps: the same.
+      mu_dtype: dtype of the stored first moments.
+    """
+    if b1 is not None:
+        _arguments.slowest_mean("adam_b1", b1, mu_dtype, "mu_dtype")
+    eps = None if eps is None else nonzero(eps)
+    return of_factored, of_factored.differing(b1, b2, eps)
+
+
 def nonzero(eps: Any) -> Any:
     """Raises an epsilon of 0 to the smallest number that is normal in float32.
 
@@ -287,11 +390,3 @@ def nonzero(eps: Any) -> Any:
         wide = eps.astype(jnp.promote_types(eps.dtype, jnp.float32))
         return jnp.maximum(wide, tiny)
     return max(float(eps), tiny)
-
-
-def _scale_by_adam(
-    leaves: Any, eigenvalues: Any, **arguments: Any
-) -> optax.GradientTransformationExtraArgs:
-    """Makes `optax.scale_by_adam`, which need not know leaves and eigenvalues."""
-    del leaves, eigenvalues
-    return optax.with_extra_args_support(optax.scale_by_adam(**arguments))

@@ -44,7 +44,12 @@ DTYPES = [
 ]
 
 
-@pytest.fixture(params=OPTIMIZERS)
+@pytest.fixture(
+    params=[
+        pytest.param(name, marks=pytest.mark.slow if name == "adafactor" else [])
+        for name in OPTIMIZERS
+    ]
+)
 def make(request):
     return OPTIMIZERS[request.param]
 

@@ -12,7 +12,16 @@ NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 # What the kernel does not inherit: virtual devices, and a backend that shows nothing.
 NOT_INHERITED = {"XLA_FLAGS", "MPLBACKEND"}
 
-pytestmark = pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+every = pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+# The others are for make test-slow.
+few = pytest.mark.parametrize(
+    "path",
+    [
+        pytest.param(path, marks=[] if path.stem == "quickstart" else pytest.mark.slow)
+        for path in NOTEBOOKS
+    ],
+    ids=lambda path: path.stem,
+)
 
 
 def code_cells(notebook):
@@ -30,6 +39,7 @@ def shown(cell):
     return kinds
 
 
+@few
 def test_it_runs_and_shows_what_is_committed(path, tmp_path):
     committed = nbformat.read(path, as_version=4)
     executed = nbformat.from_dict(committed)
@@ -50,6 +60,7 @@ def test_it_runs_and_shows_what_is_committed(path, tmp_path):
     assert [shown(cell) for cell in code_cells(committed)] == expected
 
 
+@every
 def test_it_is_committed_as_executed_from_top_to_bottom(path):
     notebook = nbformat.read(path, as_version=4)
     nbformat.validate(notebook)

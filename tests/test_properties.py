@@ -81,7 +81,10 @@ NUMBERS = {
     "refresh_tolerance": st.none() | st.floats(0, 0.5),
     "rcond": st.sampled_from([None, 0.0, 1e-12, 1e-8]),
     "clip_update_rms": st.sampled_from([None, 1.0, 10.0]),
+    "update_rms": st.sampled_from([None, 0.2, 1.0]),
     "power": st.floats(0, 0.5),
+    "adam_b1": st.none() | st.floats(0, 0.95),
+    "adam_b2": st.none() | st.floats(0.9, 0.99),
 }
 # These numbers have a scale or a coordinate system of their own.
 SCALES = {
@@ -90,6 +93,8 @@ SCALES = {
     "eps": st.sampled_from([1e-8, 1e-3]),
     "eps_root": st.sampled_from([0.0, 1e-12, 1e-3]),
     "adam_eps": st.sampled_from([1e-8, 1e-3]),
+    "adam_learning_rate": st.none() | st.floats(1e-3, 1),
+    "adam_weight_decay": st.none() | st.floats(0, 1),
 }
 MASKS = {"mask": st.sampled_from([None, only_matrices])}
 STRATEGIES = {**PROGRAM, **LAYOUT, **DTYPES, **NUMBERS, **SCALES, **MASKS}
@@ -361,6 +366,8 @@ def growth(shape, member, options):
     factors = sum(size > 1 for size in shape)
     if member == "soap" or options["grafting"] == "adam" or not factors:
         return 0
+    if options["update_rms"] is not None:
+        return 0
     return 1 - 2 * options["power"] * (1 if options["factors"] == "kl" else factors)
 
 
@@ -373,9 +380,7 @@ def growth(shape, member, options):
 )
 def test_the_scale_of_the_gradients_does_not_matter(shape, drawn, scale, seed):
     member, options = drawn
-    options |= {"eps": 1e-100}
-    if member == "shampoo":
-        options |= {"adam_eps": 1e-100}
+    options |= {"eps": 1e-100, "adam_eps": 1e-100}
     if any(options[name] is not None for name in DTYPES):
         # Multiplying by a power of 2 commutes with rounding. KL's factors are products
         # of k-th roots of the scale, where k is 2 or 3.

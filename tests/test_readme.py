@@ -44,14 +44,17 @@ def test_functions_that_belong_together_have_the_same_options():
     def without(options, *names):
         return {k: v for k, v in options.items() if k not in names}
 
+    of_last_part = ("adam_learning_rate", "adam_weight_decay")
     soap = options(soap_optax.soap)
-    assert options(soap_optax.scale_by_soap) == soap
+    scale_by_soap = options(soap_optax.scale_by_soap)
+    assert scale_by_soap == without(soap, *of_last_part)
     wrapper = options(soap_optax.in_eigenbasis)
     words = ("first_moments", "coordinatewise", "second_moments", "clip_update_rms")
-    of_adam = ("factorized", "nesterov", "clip_update_rms")
-    assert without(wrapper, *words) == without(soap, *of_adam)
+    of_others = ("adam_b1", "adam_b2", "adam_eps")
+    of_adam = ("factorized", "nesterov", "clip_update_rms", *of_others)
+    assert without(wrapper, *words) == without(scale_by_soap, *of_adam)
     shampoo = options(soap_optax.shampoo)
-    assert options(soap_optax.scale_by_shampoo) == shampoo
+    assert options(soap_optax.scale_by_shampoo) == without(shampoo, *of_last_part)
     own = ("power", "grafting", "adam_eps", "refresh")
-    of_soap = ("factorized", "basis", "clip_update_rms", "refresh")
+    of_soap = ("factorized", "basis", "clip_update_rms", "refresh", "adam_eps")
     assert without(shampoo, *own) == without(soap, *of_soap)

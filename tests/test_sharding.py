@@ -133,7 +133,6 @@ IN_EVERY_RUN = {
     ("cut", "1d", AxisType.Explicit),
     ("factorized", "2d", AxisType.Explicit),
     ("shampoo", "3d", AxisType.Auto),
-    ("bf16", "2d", AxisType.Auto),
 }
 
 

@@ -68,7 +68,7 @@ MAKERS = {
     "shampoo, kl": functools.partial(shampoo, factors="kl", power=0.5),
 }
 # The others are for make test-slow.
-FEW = list(MAKERS)[:4]
+FEW = list(MAKERS)[:3]
 
 
 def makers(*names, few=FEW):
@@ -249,7 +249,9 @@ MESHES = {
 }
 
 
-@pytest.mark.parametrize("kind", MESHES)
+@pytest.mark.parametrize(
+    "kind", ["spread", *(pytest.param(k, marks=slow) for k in ("automatic", "unknown"))]
+)
 def test_an_ensemble_on_a_mesh(kind):
     """The members are on all devices, and their parameters are sharded."""
     options = dict(MESHES[kind])
@@ -387,7 +389,7 @@ def difference_quotient(make, monkeypatch, step=2e-6):
     return float(ends[0] - ends[1]) / (2 * step)
 
 
-@makers(few=["soap", "staggered", "current, kl, cholesky_qr", "shampoo"])
+@makers(few=["soap", "current, kl, cholesky_qr"])
 def test_derivatives_are_those_of_fixed_eigenbases(make, monkeypatch):
     """With respect to learning rate, parameters and gradients, forward and reverse."""
     expected = difference_quotient(make, monkeypatch)
@@ -417,7 +419,15 @@ def test_derivatives_without_jit_and_of_ensembles():
     assert_same(jax.jit(jax.grad(total))(params), stacked(expected))
 
 
-@pytest.mark.parametrize("name", ["soap", "current", "shampoo", "factorized, kl"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "soap",
+        "factorized, kl",
+        pytest.param("current", marks=slow),
+        pytest.param("shampoo", marks=slow),
+    ],
+)
 def test_derivatives_are_finite_where_nothing_is_known(name):
     """Of zero gradients and gradients of rank one, where factors are singular."""
     make = {

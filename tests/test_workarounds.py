@@ -342,7 +342,7 @@ def test_integers_stay_static_in_inject_hyperparams():
 @expected_to_fail(
     "optax.tree.map_params calls init with a tree that has no leaves",
     issue="a habit, no public issue is known",
-    room="parameters/_tree.nest and _factorized: one leaf that stands for all",
+    room="parameters/_tree.nest and _inner: one leaf that stands for all",
 )
 def test_map_params_calls_init_with_leaves():
     seen = []

@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 
 import jax
 
-from soap_optax._options import EigenbasisOptions
+from soap_optax._options import FamilyOptions
 from soap_optax.mesh import _mesh
 
 DEFAULT_MAX_PRECOND_DIM = 10_000
@@ -144,7 +144,7 @@ def _identity(shape: tuple[int, ...]) -> Layout:
 
 
 def make_layout(
-    shape: Sequence[int], options: EigenbasisOptions, dimension_numbers: Any = None
+    shape: Sequence[int], options: FamilyOptions, dimension_numbers: Any = None
 ) -> Layout:
     """Plans a parameter.
 

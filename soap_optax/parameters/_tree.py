@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from soap_optax import _arguments
-from soap_optax._options import EigenbasisOptions
+from soap_optax._options import FamilyOptions
 from soap_optax.mesh import _mesh
 from soap_optax.parameters._layout import (
     DimensionNumbers,
@@ -71,7 +71,7 @@ class Plan(NamedTuple):
         )
 
 
-def make_plan(tree: Any, options: EigenbasisOptions) -> Plan:
+def make_plan(tree: Any, options: FamilyOptions) -> Plan:
     """Plans each parameter of a tree.
 
     Args:
@@ -166,6 +166,14 @@ def _as_array(param: Any, leaf: Leaf) -> jax.Array:
             "params must have the structure of the updates, which have an array for "
             f"{leaf.name}, got {jax.tree.structure(param)}"
         ) from error
+
+
+def names(
+    tree: Any, is_leaf: Callable[[Any], bool] | None = None
+) -> list[tuple[str, ...]]:
+    """The names on the path of each parameter of a tree, as in `Leaf.keys`."""
+    entries, treedef = jax.tree_util.tree_flatten_with_path(tree, is_leaf)
+    return _dict_keys([path for path, _ in entries], treedef)
 
 
 def _dict_keys(paths: Sequence[tuple[Any, ...]], treedef: Any) -> list[tuple[str, ...]]:

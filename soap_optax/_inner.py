@@ -34,18 +34,81 @@ class FactorizedAdamState(NamedTuple):
     nu: Any
 
 
-def scale_by_factorized_adam(
+class AdamSettings(NamedTuple):
+    """The settings of Adam for one kind of parameter; see `optax.scale_by_adam`."""
+
+    b1: jax.typing.ArrayLike
+    b2: jax.typing.ArrayLike
+    eps: jax.typing.ArrayLike
+
+    def differing(self, b1: Any, b2: Any, eps: Any) -> "AdamSettings":
+        """These settings, but for those that are not None; itself if all are None."""
+        given = {"b1": b1, "b2": b2, "eps": eps}
+        given = {name: value for name, value in given.items() if value is not None}
+        return self._replace(**given) if given else self
+
+
+def scale_by_adam(
     leaves: Sequence[Leaf],
     eigenvalues: Any,
     *,
-    b1: jax.typing.ArrayLike,
-    b2: jax.typing.ArrayLike,
-    eps: jax.typing.ArrayLike,
+    settings: tuple[AdamSettings, AdamSettings],
     eps_root: jax.typing.ArrayLike,
     mu_dtype: jax.typing.DTypeLike | None,
     nesterov: bool,
 ) -> optax.GradientTransformationExtraArgs:
-    """Makes `optax.scale_by_adam` with second moments of rank one in each block.
+    """Makes `optax.scale_by_adam`, with settings for parameters without factors.
+
+    The first of `settings` is for parameters with factors, and the second one for the
+    others. The state is that of `optax.scale_by_adam`, whatever they are.
+    """
+    del eigenvalues
+    of_factored, of_others = settings
+    has_factors = [leaf.layout.has_factors for leaf in leaves]
+
+    def adam(settings: AdamSettings) -> optax.GradientTransformation:
+        return optax.scale_by_adam(
+            *settings, eps_root=eps_root, mu_dtype=mu_dtype, nesterov=nesterov
+        )
+
+    def update_fn(
+        updates: optax.Updates,
+        state: optax.ScaleByAdamState,
+        params: optax.Params | None = None,
+        **extra_args: Any,
+    ) -> tuple[optax.Updates, optax.ScaleByAdamState]:
+        del params, extra_args
+        treedef: Any
+        arrays, treedef = jax.tree.flatten(updates)
+        old = [arrays, *map(treedef.flatten_up_to, (state.mu, state.nu))]
+        new: list[list[Any]] = [[None] * len(arrays) for _ in range(3)]
+        for settings, kind in ((of_factored, True), (of_others, False)):
+            some = [i for i, has in enumerate(has_factors) if has == kind]
+            gradients, mu, nu = ([entries[i] for i in some] for entries in old)
+            part = optax.ScaleByAdamState(state.count, mu, nu)
+            steps, part = adam(settings).update(gradients, part)
+            for entries, changed in zip(new, (steps, part.mu, part.nu), strict=True):
+                for i, entry in zip(some, changed, strict=True):
+                    entries[i] = entry
+        steps, mu, nu = map(treedef.unflatten, new)
+        count = optax.safe_increment(state.count)
+        return steps, optax.ScaleByAdamState(count, mu, nu)
+
+    if of_others is of_factored:
+        return optax.with_extra_args_support(adam(of_factored))
+    return optax.GradientTransformationExtraArgs(adam(of_factored).init, update_fn)
+
+
+def scale_by_factorized_adam(
+    leaves: Sequence[Leaf],
+    eigenvalues: Any,
+    *,
+    settings: tuple[AdamSettings, AdamSettings],
+    eps_root: jax.typing.ArrayLike,
+    mu_dtype: jax.typing.DTypeLike | None,
+    nesterov: bool,
+) -> optax.GradientTransformationExtraArgs:
+    """Makes `scale_by_adam` with second moments of rank one in each block.
 
     The second moment at (i, j) of a block is estimated by r_i c_j / mean(r) from the
     means r and c of its rows and columns. Parameters without factors keep the second
@@ -53,8 +116,9 @@ def scale_by_factorized_adam(
     Sublinear Memory Cost", https://arxiv.org/abs/1804.04235.
     """
     del eigenvalues
+    of_factored, of_others = settings
 
-    def scale(moment: jax.Array, means: Any, leaf: Leaf) -> jax.Array:
+    def scale(moment: jax.Array, means: Any, leaf: Leaf, eps: Any) -> jax.Array:
         if leaf.layout.has_factors:
             root = _kronecker.rank_one(means, moment, leaf.layout)
         else:
@@ -62,6 +126,17 @@ def scale_by_factorized_adam(
         if not (isinstance(eps_root, (int, float)) and eps_root == 0):
             root = _kronecker.safe_root(jnp.square(root) + eps_root)
         return moment / (root + eps)
+
+    def one(
+        gradient: jax.Array, mu: jax.Array, nu: Any, leaf: Leaf, count: jax.Array
+    ) -> tuple[jax.Array, jax.Array, list[jax.Array]]:
+        b1, b2, eps = of_factored if leaf.layout.has_factors else of_others
+        mu = optax.tree.update_moment(gradient, mu, b1, 1)
+        mean = _corrected_mean(mu, gradient, b1, count, nesterov)
+        nu = _updated_squares(gradient, leaf, nu, b2)
+        corrected = optax.tree.bias_correction(nu, b2, count)
+        step = scale(mean, corrected, leaf, eps)
+        return step, optax.tree.cast(mu, mu_dtype), nu
 
     def init_fn(params: optax.Params) -> FactorizedAdamState:
         mu = optax.tree.zeros_like(params, dtype=mu_dtype)
@@ -77,20 +152,15 @@ def scale_by_factorized_adam(
     ) -> tuple[optax.Updates, FactorizedAdamState]:
         del params, extra_args
         count = optax.safe_increment(state.count)
-        mu = optax.tree.update_moment(updates, state.mu, b1, 1)
-        moments = _corrected_mean(mu, updates, b1, count, nesterov)
         treedef: Any
         arrays, treedef = jax.tree.flatten(updates)
-        old_nu = _tree.find(leaves, state.nu)
-        nu = [
-            _updated_squares(array, leaf, old, b2)
-            for array, leaf, old in zip(arrays, leaves, old_nu, strict=True)
-        ]
-        corrected = optax.tree.bias_correction(nu, b2, count)
-        of_leaf = zip(jax.tree.leaves(moments), corrected, leaves, strict=True)
-        steps = treedef.unflatten(scale(*entry) for entry in of_leaf)
-        mu = optax.tree.cast(mu, mu_dtype)
-        return steps, FactorizedAdamState(count, mu, _tree.nest(leaves, nu))
+        old = treedef.flatten_up_to(state.mu), _tree.find(leaves, state.nu)
+        of_leaf = zip(arrays, *old, leaves, strict=True)
+        new = [one(*entry, count) for entry in of_leaf]
+        steps, mu, nu = map(list, zip(*new, strict=True)) if new else ([], [], [])
+        nested = _tree.nest(leaves, nu)
+        state = FactorizedAdamState(count, treedef.unflatten(mu), nested)
+        return treedef.unflatten(steps), state
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 

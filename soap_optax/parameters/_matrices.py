@@ -1,0 +1,101 @@
+"""Dimension numbers by the names of parameters."""
+
+import re
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from soap_optax import _arguments
+from soap_optax.parameters import _tree
+from soap_optax.parameters._layout import DimensionNumbers
+
+_LAST_TWO = DimensionNumbers((-2, -1))
+
+
+def matrices(
+    exclude: str | Sequence[str] = (), include: str | Sequence[str] | None = None
+) -> Callable[[Any], Any]:
+    r"""Makes `dimension_numbers` that take the last two axes as matrices, by names.
+
+    The axes before the last two are batch axes, as for stacked layers, experts or
+    heads: each index along them has factors of its own. Parameters of fewer than two
+    axes and excluded parameters have no factors, so that SOAP is Adam for them. Leave
+    the embedding and the head of a language model to Adam, as it is usual with Muon.
+
+    Patterns are regular expressions that are searched for in the path of a parameter,
+    whose names are joined by `/`, as in `params/layers_0/attention/query/kernel`.
+
+    Args:
+      exclude: a pattern, or a sequence of patterns, for parameters without factors.
+      include: the same for parameters with factors. None means all parameters.
+
+    Returns:
+      A function from the parameters to a tree like them, with `DimensionNumbers` for
+      matrices and None for all others, for the option `dimension_numbers` of every
+      function of this library. It raises a `ValueError` for a pattern that matches no
+      parameter, naming the pattern and listing the paths. Parameters that another
+      optimizer of an `optax.partition` has count, too.
+
+    Raises:
+      ValueError: for a pattern that is no regular expression.
+
+    Example:
+      >>> import jax.numpy as jnp, soap_optax
+      >>> numbers = soap_optax.matrices(exclude=("embed", r"^head$"))
+      >>> params = {"embed": jnp.ones((8, 4)), "layers": {"w": jnp.ones((3, 4, 4))}}
+      >>> params["head"] = jnp.ones((4, 8))
+      >>> numbers(params)["layers"]
+      {'w': DimensionNumbers(factor_axes=(-2, -1))}
+      >>> tx = soap_optax.soap(3e-3, dimension_numbers=numbers)
+    """
+    excluded = _compiled("exclude", exclude)
+    included = None if include is None else _compiled("include", include)
+
+    def numbers(params: Any) -> Any:
+        treedef: Any
+        nodes, treedef = jax.tree.flatten(params, is_leaf=_is_hidden)
+        paths = list(map("/".join, _tree.names(params, _is_hidden)))
+        is_out = _found("exclude", excluded, paths)
+        is_in = [True] * len(paths)
+        if included is not None:
+            is_in = _found("include", included, paths)
+
+        def one(node: Any, with_factors: bool, without: bool) -> Any:
+            if _is_hidden(node):
+                return node
+            is_matrix = jnp.ndim(node) >= 2 and with_factors and not without
+            return _LAST_TWO if is_matrix else None
+
+        return treedef.unflatten(map(one, nodes, is_in, is_out))
+
+    return numbers
+
+
+def _is_hidden(node: Any) -> bool:
+    """Says whether a node is in the place of a parameter that is not to be updated."""
+    return node is None or isinstance(node, optax.MaskedNode)
+
+
+def _compiled(name: str, patterns: Any) -> list[re.Pattern[str]]:
+    given = [patterns] if isinstance(patterns, str) else patterns
+    rule = "a regular expression, or a sequence of them"
+    are_texts = isinstance(given, Iterable) and all(isinstance(p, str) for p in given)
+    _arguments.require(name, patterns, rule, are_texts)
+    try:
+        return [re.compile(pattern) for pattern in given]
+    except re.error as error:
+        raise ValueError(f"{name} must be {rule}, got {patterns!r}: {error}") from error
+
+
+def _found(
+    name: str, patterns: Sequence[re.Pattern[str]], paths: Sequence[str]
+) -> list[bool]:
+    """Says of each path whether a pattern matches it; each pattern has to match one."""
+    for pattern in patterns:
+        rule = f"patterns that match one of {', '.join(paths)}"
+        fits = not paths or any(map(pattern.search, paths))
+        _arguments.require(name, pattern.pattern, rule, fits)
+    return [any(pattern.search(path) for pattern in patterns) for path in paths]
