@@ -2,6 +2,8 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
+# Tests of a group share what one process has compiled.
+PYTEST := pytest -n 2 --dist loadgroup
 
 .PHONY: help setup train train-sharded sweep reliability experiments bench tpu-check \
 	gpu-check test test-default-flags test-slow test-oldest dist-check lint format clean
@@ -84,21 +86,21 @@ lint: setup
 	$(BIN)/mypy
 
 test: lint
-	$(BIN)/python -m pytest -n 2 --dist loadgroup
+	$(BIN)/python -m $(PYTEST)
 
 # make test compiles faster than users do, see tests/conftest.py.
 test-default-flags: setup
-	XLA_FLAGS=--xla_force_host_platform_device_count=8 $(BIN)/python -m pytest -n 2 --dist loadgroup \
+	XLA_FLAGS=--xla_force_host_platform_device_count=8 $(BIN)/python -m $(PYTEST) \
 		tests/test_golden.py tests/test_contract.py tests/test_reliability.py \
 		tests/test_sharding.py
 
 test-slow: setup
-	$(BIN)/python -m pytest -n 2 --dist loadgroup -m slow
-	$(BIN)/python -m pytest -n 2 --dist loadgroup --hypothesis-profile slow tests/test_properties.py
+	$(BIN)/python -m $(PYTEST) -m slow
+	$(BIN)/python -m $(PYTEST) --hypothesis-profile slow tests/test_properties.py
 
 test-oldest:
 	$(MAKE) setup VENV=.venv-oldest PINS="jax==0.7.2 jaxlib==0.7.2 optax==0.2.6"
-	.venv-oldest/bin/python -m pytest -n 2 --dist loadgroup
+	.venv-oldest/bin/python -m $(PYTEST)
 
 dist-check:
 	$(PYTHON) .ci/check_dist.py
