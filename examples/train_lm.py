@@ -23,7 +23,7 @@ import math
 import sys
 import sysconfig
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -124,6 +124,15 @@ class Config:
     factors: Literal["shampoo", "kl"] = "shampoo"
     basis: Literal["previous", "current"] = "previous"
     """The basis SOAP works in; `soap_optax.soap` explains these options."""
+    adam: tuple[str, ...] = ()
+    """Patterns of the parameters that SOAP and Shampoo leave to Adam; `embed` matches
+    the embedding and the head. Muon always leaves these to Adam."""
+    adam_learning_rate: float | None = None
+    """The peak for parameters that are left to Adam; with None it is that of all."""
+    nesterov: bool | None = None
+    """Whether momentum looks one step ahead; with None it does in Muon alone."""
+    update_rms: float | None = None
+    """The size of SOAP's and Shampoo's updates; `soap_optax.soap` explains it."""
     stagger: bool = False
     rcond: float | None = None
     """The share below which directions are damped as round-off; 0 damps none, and None
@@ -500,28 +509,24 @@ class Corpus:
 # --- optimizers ----------------------------------------------------------------------
 
 
-def is_matrix(path: tuple[Any, ...], param: Any) -> bool:
-    """Whether a parameter is a matrix, or a stack of the matrices of all layers."""
-    return param.ndim == (3 if "blocks" in names(path) else 2)
+def matrices(adam: Sequence[str]) -> Callable[[Any], Any]:
+    """Gives factors to all matrices but those that the patterns `adam` match.
 
-
-def soap_dimension_numbers(params: Any) -> Any:
-    """Gives the last two axes of matrices factors, so that layers have their own."""
-
-    def one(path, param):
-        return soap_optax.DimensionNumbers((-2, -1)) if is_matrix(path, param) else None
-
-    return jax.tree_util.tree_map_with_path(one, params)
+    The scales of all layers in one stack are no matrix.
+    """
+    return soap_optax.matrices(exclude=("scale", *adam))
 
 
 def muon_dimension_numbers(params: Any) -> Any:
     """Gives hidden matrices to Muon, and all else to the Adam within it."""
 
-    def one(path, param):
-        hidden = names(path)[0].startswith("block") and is_matrix(path, param)
-        return optax.contrib.MuonDimensionNumbers(-2, -1) if hidden else None
+    def one(numbers):
+        return numbers and optax.contrib.MuonDimensionNumbers(*numbers.factor_axes)
 
-    return jax.tree_util.tree_map_with_path(one, params)
+    def is_entry(node):
+        return node is None or isinstance(node, soap_optax.DimensionNumbers)
+
+    return jax.tree.map(one, matrices(("embed",))(params), is_leaf=is_entry)
 
 
 def make_optimizer(
@@ -531,13 +536,13 @@ def make_optimizer(
     return optax.chain(clip, make_unclipped(config, mesh))
 
 
-def make_schedule(config: Config) -> optax.Schedule:
+def make_schedule(config: Config, peak: float) -> optax.Schedule:
     return optax.warmup_cosine_decay_schedule(
         0.0,
-        config.learning_rate,
+        peak,
         config.warmup,
         max(config.steps, config.warmup + 1),
-        end_value=0.1 * config.learning_rate,
+        end_value=0.1 * peak,
     )
 
 
@@ -550,7 +555,8 @@ def eigenbasis_options(config: Config, mesh: Mesh | None) -> dict[str, Any]:
         "one_sided": config.one_sided,
         "factors": config.factors,
         "stagger": config.stagger,
-        "dimension_numbers": soap_dimension_numbers,
+        "dimension_numbers": matrices(config.adam),
+        "update_rms": config.update_rms,
         "rcond": config.rcond,
         "params_sharding": mesh and functools.partial(param_shardings, mesh),
     }
@@ -559,9 +565,12 @@ def eigenbasis_options(config: Config, mesh: Mesh | None) -> dict[str, Any]:
 def make_unclipped(
     config: Config, mesh: Mesh | None = None
 ) -> optax.GradientTransformation:
-    schedule = make_schedule(config)
+    schedule = make_schedule(config, config.learning_rate)
+    others, nesterov = config.adam_learning_rate, bool(config.nesterov)
+    others = others and make_schedule(config, others)
     decay = {"weight_decay": config.weight_decay}
     eigenbasis = eigenbasis_options(config, mesh)
+    eigenbasis |= {"adam_learning_rate": others, "nesterov": nesterov}
     if config.optimizer == "soap":
         return soap_optax.soap(
             schedule,
@@ -583,12 +592,15 @@ def make_unclipped(
             refresh=config.refresh or "eigh",
         )
     if config.optimizer == "adamw":
-        return optax.adamw(schedule, config.b1, config.b2, **decay)
+        return optax.adamw(schedule, config.b1, config.b2, **decay, nesterov=nesterov)
     if config.optimizer == "muon":
         return optax.contrib.muon(
             schedule,
+            nesterov=config.nesterov is not False,
             adam_b1=config.b1,
             adam_b2=config.b2,
+            adam_weight_decay=config.weight_decay,
+            adam_learning_rate=others,
             **decay,
             muon_weight_dimension_numbers=muon_dimension_numbers,
             consistent_rms=0.2,

@@ -12,6 +12,7 @@ with a plot, to `--out`:
     frequency   shows the final loss against the steps between refreshes
     batch_size  shows the steps to a fixed loss against the batch size
     ablations   shows what the options of SOAP cost and bring
+    recipes     compares optimizers in equal conditions, with and without Nesterov
 """
 
 import dataclasses
@@ -68,11 +69,37 @@ VARIANTS: dict[str, dict[str, Any]] = {
 }
 
 
+# As in Muon, the embedding and the head are left to Adam.
+_HIDDEN: dict[str, Any] = {"adam": ("embed",)}
+_BEST: dict[str, Any] = {"basis": "current", "factors": "kl"}
+RECIPES: dict[str, dict[str, Any]] = {
+    "AdamW": {"optimizer": "adamw"},
+    "NAdamW": {"optimizer": "adamw", "nesterov": True},
+    "Muon": {"optimizer": "muon", "nesterov": True},
+    "Shampoo": {"optimizer": "shampoo", "nesterov": True, **_HIDDEN},
+    "SOAP, as published": {},
+    "SOAP": {"nesterov": True, **_HIDDEN},
+    "SOAP, current, KL, f=1": {
+        "nesterov": True,
+        "precondition_frequency": 1,
+        **_HIDDEN,
+        **_BEST,
+    },
+}
+RECIPE_RATES = (3e-3, 1e-2, 3e-2, 1e-1)
+
+
 @dataclasses.dataclass(frozen=True)
 class Experiment:
     """The paper's comparison of optimizers on a small language model."""
 
-    parts: tuple[str, ...] = ("efficiency", "frequency", "batch_size", "ablations")
+    parts: tuple[str, ...] = (
+        "efficiency",
+        "frequency",
+        "batch_size",
+        "ablations",
+        "recipes",
+    )
     seeds: int = 3
     """How many seeds the comparison of optimizers has; the other parts have one."""
     runs: Path = Path("runs/language_model")
@@ -386,11 +413,72 @@ def state_bytes(config: Config) -> int:
     return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(state.opt_state))
 
 
+# --- recipes -------------------------------------------------------------------------
+
+
+def recipes(experiment: Experiment) -> None:
+    """Takes the best of four learning rates for each optimizer, with more seeds."""
+    sweep = curves(
+        experiment,
+        [
+            dataclasses.replace(BASE, **changes, learning_rate=rate)
+            for changes in RECIPES.values()
+            for rate in RECIPE_RATES
+        ],
+    )
+    count = len(RECIPE_RATES)
+    of_recipes = {
+        label: sweep[i * count : (i + 1) * count] for i, label in enumerate(RECIPES)
+    }
+    report(
+        (
+            {"optimizer": label, "learning rate": rate, "final loss": curve.losses[-1]}
+            for label, of_rates in of_recipes.items()
+            for rate, curve in zip(RECIPE_RATES, of_rates, strict=True)
+        ),
+        experiment.out / "recipes_sweep.csv",
+    )
+    seeds = range(experiment.seeds)
+    best = {
+        label: min(of_rates, key=lambda curve: curve.losses[-1]).config
+        for label, of_rates in of_recipes.items()
+    }
+    found = curves(
+        experiment,
+        [dataclasses.replace(c, seed=seed) for c in best.values() for seed in seeds],
+    )
+    of_seeds = {
+        label: found[i * len(seeds) : (i + 1) * len(seeds)]
+        for i, label in enumerate(best)
+    }
+
+    def fewer_steps(label: str, than: str) -> float:
+        """The mean share of the steps that reach the final loss of another."""
+        pairs = zip(of_seeds[label], of_seeds[than], strict=True)
+        ends = [ours.reached(b.losses[-1])[0] / b.steps[-1] for ours, b in pairs]
+        return 1 - float(np.mean(ends))
+
+    rows = [
+        {
+            "optimizer": label,
+            "learning rate": best[label].learning_rate,
+            "seeds": len(seeds),
+            "final loss": np.mean([curve.losses[-1] for curve in of_label]),
+            "spread": np.ptp([curve.losses[-1] for curve in of_label]),
+            "fewer steps than NAdamW": fewer_steps(label, "NAdamW"),
+            "fewer steps than Muon": fewer_steps(label, "Muon"),
+        }
+        for label, of_label in of_seeds.items()
+    ]
+    report(rows, experiment.out / "recipes.csv")
+
+
 PARTS: dict[str, Callable[[Experiment], None]] = {
     "efficiency": efficiency,
     "frequency": frequency,
     "batch_size": batch_size,
     "ablations": ablations,
+    "recipes": recipes,
 }
 
 

@@ -36,6 +36,7 @@ SHAPES = {"v": (4,), "w": (4, 2), "t": (2, 4, 2), "s": [(), (1, 2)]}
 
 
 # The others are for make test-slow: half of the time of these tests.
+IN_EVERY_RUN = {"soap", "factorized", "shampoo", "lion"}
 DTYPES = [
     "bfloat16",
     "float32",
@@ -46,7 +47,7 @@ DTYPES = [
 
 @pytest.fixture(
     params=[
-        pytest.param(name, marks=pytest.mark.slow if name == "adafactor" else [])
+        pytest.param(name, marks=[] if name in IN_EVERY_RUN else pytest.mark.slow)
         for name in OPTIMIZERS
     ]
 )

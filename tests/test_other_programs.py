@@ -54,8 +54,13 @@ def make_tx(name, **options):
 
 
 def of_makes(*names):
-    makes = [functools.partial(make_tx, name) for name in names]
-    return pytest.mark.parametrize("make", makes, ids=names)
+    """Runs a test with several optimizers; all but SOAP are for make test-slow."""
+
+    def one(name):
+        marks = [] if name == names[0] else pytest.mark.slow
+        return pytest.param(functools.partial(make_tx, name), id=name, marks=marks)
+
+    return pytest.mark.parametrize("make", map(one, names))
 
 
 soap, both, every = of_makes("soap"), of_makes("soap", "shampoo"), of_makes(*MAKES)

@@ -127,7 +127,6 @@ CASES = {
     "bf16": (UNBLOCKED, {"precond_dtype": jnp.bfloat16, "mu_dtype": jnp.bfloat16}),
 }
 IN_EVERY_RUN = {
-    ("aligned", "3d", AxisType.Auto),
     ("aligned", "2d", AxisType.Explicit),
     ("unblocked", "2d", AxisType.Auto),
     ("cut", "1d", AxisType.Explicit),
