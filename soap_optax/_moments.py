@@ -149,7 +149,7 @@ def check_inner_state(
 
     Raises:
       ValueError: for an array that is refused; for a word that names no field, or that
-        stands in both tuples of `words`; for a state that cannot run in an eigenbasis.
+        stands in two tuples of `words`; for a state that cannot run in an eigenbasis.
     """
     shapes = [leaf.layout.shape for leaf in leaves]
     sizes = {math.prod(leaf.layout.shape) for leaf in leaves if leaf.layout.has_factors}
