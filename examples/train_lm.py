@@ -566,46 +566,49 @@ def make_unclipped(
     config: Config, mesh: Mesh | None = None
 ) -> optax.GradientTransformation:
     schedule = make_schedule(config, config.learning_rate)
-    others, nesterov = config.adam_learning_rate, bool(config.nesterov)
-    others = others and make_schedule(config, others)
-    decay = {"weight_decay": config.weight_decay}
-    eigenbasis = eigenbasis_options(config, mesh)
-    eigenbasis |= {"adam_learning_rate": others, "nesterov": nesterov}
-    if config.optimizer == "soap":
-        return soap_optax.soap(
-            schedule,
-            config.b1,
-            config.b2,
-            **decay,
-            **eigenbasis,
-            refresh=config.refresh or "qr",
-            basis=config.basis,
-            factorized=config.factorized,
-        )
-    if config.optimizer == "shampoo":
-        return soap_optax.shampoo(
-            schedule,
-            config.b1,
-            config.b2,
-            **decay,
-            **eigenbasis,
-            refresh=config.refresh or "eigh",
-        )
+    nesterov, decay = bool(config.nesterov), {"weight_decay": config.weight_decay}
+    if config.optimizer == "muon":
+        return make_muon(config)
     if config.optimizer == "adamw":
         return optax.adamw(schedule, config.b1, config.b2, **decay, nesterov=nesterov)
-    if config.optimizer == "muon":
-        return optax.contrib.muon(
-            schedule,
-            nesterov=config.nesterov is not False,
-            adam_b1=config.b1,
-            adam_b2=config.b2,
-            adam_weight_decay=config.weight_decay,
-            adam_learning_rate=others,
-            **decay,
-            muon_weight_dimension_numbers=muon_dimension_numbers,
-            consistent_rms=0.2,
+    if config.optimizer == "lion":
+        return optax.lion(schedule, config.b1, config.b2, **decay)
+    options = eigenbasis_options(config, mesh) | decay | {"nesterov": nesterov}
+    options["adam_learning_rate"] = adam_schedule(config)
+    if config.optimizer == "shampoo":
+        refresh = config.refresh or "eigh"
+        return soap_optax.shampoo(
+            schedule, config.b1, config.b2, **options, refresh=refresh
         )
-    return optax.lion(schedule, config.b1, config.b2, **decay)
+    return soap_optax.soap(
+        schedule,
+        config.b1,
+        config.b2,
+        **options,
+        refresh=config.refresh or "qr",
+        basis=config.basis,
+        factorized=config.factorized,
+    )
+
+
+def adam_schedule(config: Config) -> optax.Schedule | None:
+    """The schedule of parameters that are left to Adam, if it has a peak of its own."""
+    peak = config.adam_learning_rate
+    return None if peak is None else make_schedule(config, peak)
+
+
+def make_muon(config: Config) -> optax.GradientTransformation:
+    return optax.contrib.muon(
+        make_schedule(config, config.learning_rate),
+        weight_decay=config.weight_decay,
+        nesterov=config.nesterov is not False,
+        adam_b1=config.b1,
+        adam_b2=config.b2,
+        adam_weight_decay=config.weight_decay,
+        adam_learning_rate=adam_schedule(config),
+        muon_weight_dimension_numbers=muon_dimension_numbers,
+        consistent_rms=0.2,
+    )
 
 
 # --- training ------------------------------------------------------------------------

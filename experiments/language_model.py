@@ -19,7 +19,7 @@ import dataclasses
 import functools
 import sys
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -412,59 +412,59 @@ def state_bytes(config: Config) -> int:
 
 def recipes(experiment: Experiment) -> None:
     """Takes the best of four learning rates for each optimizer, with more seeds."""
-    sweep = curves(
-        experiment,
-        [
-            dataclasses.replace(BASE, **changes, learning_rate=rate)
-            for changes in RECIPES.values()
-            for rate in RECIPE_RATES
-        ],
-    )
-    count = len(RECIPE_RATES)
-    of_recipes = {
-        label: sweep[i * count : (i + 1) * count] for i, label in enumerate(RECIPES)
-    }
-    report(
-        (
-            {"optimizer": label, "learning rate": rate, "final loss": curve.losses[-1]}
-            for label, of_rates in of_recipes.items()
-            for rate, curve in zip(RECIPE_RATES, of_rates, strict=True)
-        ),
-        experiment.out / "recipes_sweep.csv",
-    )
-    seeds = range(experiment.seeds)
+    of_rates = of_each(experiment, RECIPES, "learning_rate", RECIPE_RATES)
+    rows = [
+        {"optimizer": label, "learning rate": rate, "final loss": curve.losses[-1]}
+        for label, found in of_rates.items()
+        for rate, curve in zip(RECIPE_RATES, found, strict=True)
+    ]
+    report(rows, experiment.out / "recipes_sweep.csv")
     best = {
-        label: min(of_rates, key=lambda curve: curve.losses[-1]).config
-        for label, of_rates in of_recipes.items()
+        label: min(found, key=lambda curve: curve.losses[-1]).config.learning_rate
+        for label, found in of_rates.items()
     }
-    found = curves(
-        experiment,
-        [dataclasses.replace(c, seed=seed) for c in best.values() for seed in seeds],
-    )
-    of_seeds = {
-        label: found[i * len(seeds) : (i + 1) * len(seeds)]
-        for i, label in enumerate(best)
+    tuned = {
+        label: {**changes, "learning_rate": best[label]}
+        for label, changes in RECIPES.items()
     }
-
-    def fewer_steps(label: str, than: str) -> float:
-        """The mean share of the steps that reach the final loss of another."""
-        pairs = zip(of_seeds[label], of_seeds[than], strict=True)
-        ends = [ours.reached(b.losses[-1])[0] / b.steps[-1] for ours, b in pairs]
-        return 1 - float(np.mean(ends))
-
+    of_seeds = of_each(experiment, tuned, "seed", range(experiment.seeds))
     rows = [
         {
             "optimizer": label,
-            "learning rate": best[label].learning_rate,
-            "seeds": len(seeds),
-            "final loss": np.mean([curve.losses[-1] for curve in of_label]),
-            "spread": np.ptp([curve.losses[-1] for curve in of_label]),
-            "fewer steps than NAdamW": fewer_steps(label, "NAdamW"),
-            "fewer steps than Muon": fewer_steps(label, "Muon"),
+            "learning rate": best[label],
+            "seeds": len(found),
+            "final loss": np.mean([curve.losses[-1] for curve in found]),
+            "spread": np.ptp([curve.losses[-1] for curve in found]),
+            "fewer steps than NAdamW": fewer_steps(found, of_seeds["NAdamW"]),
+            "fewer steps than Muon": fewer_steps(found, of_seeds["Muon"]),
         }
-        for label, of_label in of_seeds.items()
+        for label, found in of_seeds.items()
     ]
     report(rows, experiment.out / "recipes.csv")
+
+
+def of_each(
+    experiment: Experiment,
+    recipes: dict[str, dict[str, Any]],
+    field: str,
+    values: Sequence[Any],
+) -> dict[str, list[Curve]]:
+    """The curves of each recipe, with each value of a field of the configuration."""
+    configs = [
+        dataclasses.replace(BASE, **changes, **{field: value})
+        for changes in recipes.values()
+        for value in values
+    ]
+    found = iter(curves(experiment, configs))
+    return {label: [next(found) for _ in values] for label in recipes}
+
+
+def fewer_steps(found: list[Curve], others: list[Curve]) -> float:
+    """The mean share of steps that are saved until the final losses of others."""
+    pairs = zip(found, others, strict=True)
+    return 1 - float(
+        np.mean([a.reached(b.losses[-1])[0] / b.steps[-1] for a, b in pairs])
+    )
 
 
 PARTS: dict[str, Callable[[Experiment], None]] = {

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from soap_optax import _kronecker
+from soap_optax import _arguments, _kronecker
 from soap_optax.mesh import _mesh, _placement
 from soap_optax.parameters import _tree
 from soap_optax.parameters._tree import Leaf
@@ -41,18 +41,64 @@ class AdamSettings(NamedTuple):
     b2: jax.typing.ArrayLike
     eps: jax.typing.ArrayLike
 
-    def differing(self, b1: Any, b2: Any, eps: Any) -> "AdamSettings":
-        """These settings, but for those that are not None; itself if all are None."""
+    def differing(self, b1: Any, b2: Any, eps: Any) -> "AdamSettings | None":
+        """These settings, but for those that are not None; None if all are None."""
         given = {"b1": b1, "b2": b2, "eps": eps}
         given = {name: value for name, value in given.items() if value is not None}
-        return self._replace(**given) if given else self
+        return self._replace(**given) if given else None
+
+
+def check_adam(
+    b1: Any, b2: Any, eps: Any, eps_root: Any, mu_dtype: Any, nesterov: Any
+) -> None:
+    """Checks the arguments of `optax.scale_by_adam`."""
+    _arguments.check(
+        b1=(b1, _arguments.number(0, 1)),
+        b2=(b2, _arguments.number(0, 1)),
+        eps=(eps, _arguments.number(0)),
+        eps_root=(eps_root, _arguments.number(0)),
+        mu_dtype=(mu_dtype, _arguments.optional(_arguments.floating_dtype)),
+        nesterov=(nesterov, _arguments.flag),
+    )
+    _arguments.slowest_mean("b1", b1, mu_dtype, "mu_dtype")
+
+
+def settings_of_adam(
+    of_factored: AdamSettings, b1: Any, b2: Any, eps: Any, mu_dtype: Any
+) -> tuple[AdamSettings, AdamSettings | None]:
+    """The settings of parameters with factors, and those of the others if they differ.
+
+    Args:
+      of_factored: settings of the parameters with factors.
+      b1: what differs for the others, or None.
+      b2: the same.
+      eps: the same.
+      mu_dtype: dtype of the stored first moments.
+    """
+    if b1 is not None:
+        _arguments.slowest_mean("adam_b1", b1, mu_dtype, "mu_dtype")
+    eps = None if eps is None else nonzero(eps)
+    return of_factored, of_factored.differing(b1, b2, eps)
+
+
+def nonzero(eps: Any) -> Any:
+    """Raises an epsilon of 0 to the smallest number that is normal in float32.
+
+    Adam then divides no 0 by 0 where gradients are 0. `optax.inject_hyperparams` gives
+    hyperparameters the dtype of the parameters, and float16 rounds the default to 0.
+    """
+    tiny = float(jnp.finfo(jnp.float32).tiny)
+    if isinstance(eps, jax.Array):
+        wide = eps.astype(jnp.promote_types(eps.dtype, jnp.float32))
+        return jnp.maximum(wide, tiny)
+    return max(float(eps), tiny)
 
 
 def scale_by_adam(
     leaves: Sequence[Leaf],
     eigenvalues: Any,
     *,
-    settings: tuple[AdamSettings, AdamSettings],
+    settings: tuple[AdamSettings, AdamSettings | None],
     eps_root: jax.typing.ArrayLike,
     mu_dtype: jax.typing.DTypeLike | None,
     nesterov: bool,
@@ -60,7 +106,8 @@ def scale_by_adam(
     """Makes `optax.scale_by_adam`, with settings for parameters without factors.
 
     The first of `settings` is for parameters with factors, and the second one for the
-    others. The state is that of `optax.scale_by_adam`, whatever they are.
+    others; None means the same. The state is that of `optax.scale_by_adam`, whatever
+    they are.
     """
     del eigenvalues
     of_factored, of_others = settings
@@ -70,6 +117,9 @@ def scale_by_adam(
         return optax.scale_by_adam(
             *settings, eps_root=eps_root, mu_dtype=mu_dtype, nesterov=nesterov
         )
+
+    if of_others is None:
+        return optax.with_extra_args_support(adam(of_factored))
 
     def update_fn(
         updates: optax.Updates,
@@ -94,8 +144,6 @@ def scale_by_adam(
         count = optax.safe_increment(state.count)
         return steps, optax.ScaleByAdamState(count, mu, nu)
 
-    if of_others is of_factored:
-        return optax.with_extra_args_support(adam(of_factored))
     return optax.GradientTransformationExtraArgs(adam(of_factored).init, update_fn)
 
 
@@ -103,7 +151,7 @@ def scale_by_factorized_adam(
     leaves: Sequence[Leaf],
     eigenvalues: Any,
     *,
-    settings: tuple[AdamSettings, AdamSettings],
+    settings: tuple[AdamSettings, AdamSettings | None],
     eps_root: jax.typing.ArrayLike,
     mu_dtype: jax.typing.DTypeLike | None,
     nesterov: bool,
@@ -130,7 +178,10 @@ def scale_by_factorized_adam(
     def one(
         gradient: jax.Array, mu: jax.Array, nu: Any, leaf: Leaf, count: jax.Array
     ) -> tuple[jax.Array, jax.Array, list[jax.Array]]:
-        b1, b2, eps = of_factored if leaf.layout.has_factors else of_others
+        own = of_factored
+        if of_others is not None and not leaf.layout.has_factors:
+            own = of_others
+        b1, b2, eps = own
         mu = optax.tree.update_moment(gradient, mu, b1, 1)
         mean = _corrected_mean(mu, gradient, b1, count, nesterov)
         nu = _updated_squares(gradient, leaf, nu, b2)

@@ -274,9 +274,9 @@ def hidden(
     s_i, where s is the largest one. An elementwise transformation like Adam would scale
     this up to full-size steps, which no other program and no other device repeats.
 
-    A block whose gradient is not diagonal comes from another gradient than the
-    eigenbases, and nothing of it is hidden. The coordinates that stand out of the
-    round-off of a diagonal one are hardly more than its shortest axis is long.
+    The coordinates that stand out of the round-off of a diagonal block are hardly more
+    than its shortest axis is long. Where more than twice as many do, the gradient is
+    another one than that from which the eigenbases come, and nothing of it is hidden.
 
     Args:
       coordinates: coordinates of the gradient.
@@ -458,11 +458,15 @@ def damp(
             return None
         largest = jnp.max(eigenvalue, axis=-1, keepdims=True)
         ratio = jnp.maximum(eigenvalue, 0) / jnp.where(largest > 0, largest, 1)
-        square = jnp.square(ratio)
-        total = square + jnp.square(round_off.share(ratio))
+        null = round_off.share(ratio)
+        # Both are divided by the larger one, so that no derivative overflows.
+        unit = jax.lax.stop_gradient(jnp.maximum(ratio, null))
         # Nothing is damped if no eigenvalue is known, or if the share is 0.
-        is_known = (largest > 0) & (total > 0)
-        return jnp.where(is_known, square / jnp.where(total > 0, total, 1), 1)
+        is_known = (largest > 0) & (unit > 0)
+        unit = jnp.where(is_known, unit, 1)
+        square = jnp.square(ratio / unit)
+        total = jnp.where(is_known, square + jnp.square(null / unit), 1)
+        return jnp.where(is_known, square / total, 1)
 
     return _scale(array, list(map(share, eigenvalues)), layout)
 

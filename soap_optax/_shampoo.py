@@ -9,20 +9,22 @@ import jax
 import optax
 
 from soap_optax import _arguments, _kronecker
+from soap_optax._chain import optimizer
 from soap_optax._eigenbasis import Inner, make_transformation
-from soap_optax._inner import AdamSettings, scale_by_adam, scale_by_shampoo_roots
+from soap_optax._inner import (
+    AdamSettings,
+    check_adam,
+    nonzero,
+    scale_by_adam,
+    scale_by_shampoo_roots,
+    settings_of_adam,
+)
 from soap_optax._options import (
     FamilyOptions,
     ScaleByShampooOptions,
     ShampooOptions,
     complete,
     takes,
-)
-from soap_optax._soap import (
-    check_adam,
-    nonzero,
-    optimizer,
-    settings_of_adam,
 )
 from soap_optax._state import EigenbasisState
 from soap_optax.mesh import _placement
@@ -43,10 +45,10 @@ class ShampooState(NamedTuple):
     adam: optax.OptState
 
 
-_DEFAULTS = {"refresh": "eigh", "adam_eps": 1e-8}  # They are those of both functions.
+_EIGH = {"refresh": "eigh"}  # It is the default of both functions.
 
 
-@takes(ShampooOptions, **_DEFAULTS)
+@takes(ShampooOptions, **_EIGH)
 def shampoo(
     learning_rate: optax.ScalarOrSchedule,
     b1: jax.typing.ArrayLike = 0.95,
@@ -101,7 +103,7 @@ def shampoo(
       adam_learning_rate: see `soap`.
       adam_b1: decay of Adam's first moment for parameters without factors; see `soap`.
       adam_b2: the same of its second moment.
-      adam_eps: added to the root of Adam's second moment, at least 0.
+      adam_eps: added to the root of Adam's second moment, at least 0. None means 1e-8.
       adam_weight_decay: see `soap`.
       nesterov: whether the mean gradient and Adam's first moment look one step ahead.
       refresh: `"eigh"`, a full decomposition at every refresh, or any other method that
@@ -151,7 +153,7 @@ def shampoo(
     return optimizer(transformation, rate_and_decay, of_others, mask, options)
 
 
-@takes(ScaleByShampooOptions, **_DEFAULTS)
+@takes(ScaleByShampooOptions, **_EIGH)
 def scale_by_shampoo(
     b1: jax.typing.ArrayLike = 0.95,
     b2: jax.typing.ArrayLike = 0.95,
@@ -194,7 +196,8 @@ def scale_by_shampoo(
         mu_dtype=mu_dtype,
         nesterov=nesterov,
     )
-    of_grafts = AdamSettings(b1, b2, nonzero(options["adam_eps"]))
+    adam_eps = 1e-8 if options["adam_eps"] is None else options["adam_eps"]
+    of_grafts = AdamSettings(b1, b2, nonzero(adam_eps))
     differing = options["adam_b1"], options["adam_b2"], None
     adam = functools.partial(
         scale_by_adam,
@@ -217,9 +220,8 @@ def _grafted(
     With grafting, each block of an update of `inner` gets the norm of Adam's. The root
     mean square `update_rms` comes in its place.
     """
-    update_rms = given["update_rms"]
-    grafting = grafting if update_rms is None else None
-    names = FamilyOptions.__annotations__.keys() - {"update_rms"}
+    grafting = grafting if given["update_rms"] is None else None
+    names = FamilyOptions.__annotations__
     family = {name: value for name, value in given.items() if name in names}
     options = complete(**family, basis="current", clip_update_rms=None)
     preconditioner = make_transformation(inner, options)
@@ -240,13 +242,11 @@ def _grafted(
     def combine(step: Any, adam_step: Any, leaf: Leaf) -> jax.Array:
         if not leaf.layout.has_factors:
             return adam_step
-        step = _placement.for_blocks(step, leaf)
-        if update_rms is not None:
-            step = _kronecker.set_rms(step, leaf.layout, update_rms)
-        elif grafting is not None:
-            adam_step = _placement.for_blocks(adam_step, leaf)
-            step = _kronecker.graft(step, adam_step, leaf.layout)
-        return _placement.like_parameter(step, leaf)
+        if grafting is None:
+            return step
+        step, adam_step = (_placement.for_blocks(s, leaf) for s in (step, adam_step))
+        grafted = _kronecker.graft(step, adam_step, leaf.layout)
+        return _placement.like_parameter(grafted, leaf)
 
     def init_fn(params: optax.Params) -> ShampooState:
         plan = _tree.make_plan(params, options)

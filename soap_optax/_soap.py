@@ -1,28 +1,25 @@
 """SOAP, which is Adam in an eigenbasis, and the documentation of all options."""
 
 import functools
-from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple, Unpack
+from collections.abc import Callable
+from typing import Any, Unpack
 
 import jax
-import jax.numpy as jnp
 import optax
 
 from soap_optax import _arguments
+from soap_optax._chain import optimizer
 from soap_optax._eigenbasis import Inner, make_transformation
 from soap_optax._inner import (
     AdamSettings,
+    check_adam,
+    nonzero,
     scale_by_adam,
     scale_by_factorized_adam,
+    settings_of_adam,
 )
 from soap_optax._moments import Words
-from soap_optax._options import (
-    FamilyOptions,
-    ScaleBySoapOptions,
-    SoapOptions,
-    takes,
-)
-from soap_optax.parameters import _tree
+from soap_optax._options import ScaleBySoapOptions, SoapOptions, takes
 
 _CLIP = {"clip_update_rms": 10.0}  # It is a default of both functions.
 
@@ -156,12 +153,15 @@ def soap(
       update_rms: root mean square, above 0, to which the update of each block of a
         parameter with factors is scaled before weight decay and learning rate. None, as
         published, leaves updates as they are. With 0.2 the learning rates of AdamW
-        carry over, as with `consistent_rms` of `optax.contrib.muon`.
+        carry over, as with `consistent_rms` of `optax.contrib.muon`. It comes in the
+        place of `clip_update_rms`. An update is scaled up however small it is, so a
+        block without gradients moves on until its first moment is exactly 0.
       clip_update_rms: bound, above 0, of the root mean square of the update of a block
         of a parameter with factors, before the learning rate. None, as published, means
         no bound. While the basis stays, Adam itself keeps to a bound of 1 (if b1 = b2).
-        The default only acts when, after a spike, a refresh turns the first moment into
-        directions in which the second moment has not seen the spike.
+        A refresh can turn the first moment after a spike into directions in which the
+        second moment has not seen the spike. From the fifth step on SOAP raises the
+        second moment there, so that the default hardly ever acts.
       params_sharding: how the parameters are sharded over a mesh of devices with
         automatic axes: a tree of `jax.sharding.NamedSharding` like the parameters, or a
         callable making it from their shapes. Refreshes are then local where blocks lie
@@ -211,95 +211,6 @@ def soap(
     return optimizer(transformation, rate_and_decay, of_others, mask, options)
 
 
-def optimizer(
-    transformation: optax.GradientTransformation,
-    of_matrices: tuple[optax.ScalarOrSchedule, optax.ScalarOrSchedule],
-    of_others: tuple[optax.ScalarOrSchedule | None, optax.ScalarOrSchedule | None],
-    mask: Any | Callable[[optax.Params], Any] | None,
-    options: FamilyOptions,
-) -> optax.GradientTransformationExtraArgs:
-    """Chains a transformation with weight decay and learning rate, as `optax.adamw`.
-
-    Args:
-      transformation: makes the updates.
-      of_matrices: learning rate and weight decay of the parameters with factors.
-      of_others: those of the parameters without, if they differ.
-      mask: says which parameters decay.
-      options: a value for every option, which decide what has factors.
-    """
-    _arguments.check(
-        learning_rate=(of_matrices[0], _arguments.learning_rate),
-        weight_decay=(of_matrices[1], _arguments.weight_decay),
-    )
-    last = _decay_and_rate(*of_matrices, mask)
-    if of_others != (None, None):
-        rate, decay = (
-            of_matrix if of_other is None else of_other
-            for of_other, of_matrix in zip(of_others, of_matrices, strict=True)
-        )
-        last = _apart(last, _decay_and_rate(rate, decay, mask), options)
-    return optax.chain(transformation, *last)
-
-
-def _decay_and_rate(
-    learning_rate: optax.ScalarOrSchedule,
-    weight_decay: optax.ScalarOrSchedule,
-    mask: Any,
-) -> tuple[optax.GradientTransformation, ...]:
-    # Without decay no pass over the parameters is needed. A traced 0 may change, and
-    # with a mask the state keeps the structure that it has with decay.
-    is_number = isinstance(weight_decay, (int, float))
-    if is_number and weight_decay == 0 and mask is None:
-        decay: optax.GradientTransformation = optax.identity()
-    else:
-        decay = optax.add_decayed_weights(weight_decay, mask)
-    return decay, optax.scale_by_learning_rate(learning_rate)
-
-
-class ApartState(NamedTuple):
-    """State of what differs between parameters with factors and the others.
-
-    Attributes:
-      of_matrices: state of the transformation of parameters with factors.
-      of_others: state of the transformation of all others.
-    """
-
-    of_matrices: optax.OptState
-    of_others: optax.OptState
-
-
-def _apart(
-    of_matrices: Sequence[optax.GradientTransformation],
-    of_others: Sequence[optax.GradientTransformation],
-    options: FamilyOptions,
-) -> tuple[optax.GradientTransformation]:
-    """Takes updates of parameters without factors from another transformation.
-
-    Both transformations see all parameters, because decay and learning rates have no
-    state for a parameter. A compiled step computes only what is taken.
-    """
-    both = optax.chain(*of_matrices), optax.chain(*of_others)
-
-    def init_fn(params: optax.Params) -> ApartState:
-        return ApartState(*(tx.init(params) for tx in both))
-
-    def update_fn(
-        updates: optax.Updates, state: ApartState, params: optax.Params | None = None
-    ) -> tuple[optax.Updates, ApartState]:
-        plan = _tree.make_plan(updates, options)
-        results = [
-            tx.update(updates, s, params) for tx, s in zip(both, state, strict=True)
-        ]
-        steps = (plan.treedef.flatten_up_to(step) for step, _ in results)
-        taken = [
-            of_matrix if leaf.layout.has_factors else of_other
-            for of_matrix, of_other, leaf in zip(*steps, plan.leaves, strict=True)
-        ]
-        return plan.treedef.unflatten(taken), ApartState(*(s for _, s in results))
-
-    return (optax.GradientTransformation(init_fn, update_fn),)
-
-
 @takes(ScaleBySoapOptions, **_CLIP)
 def scale_by_soap(
     b1: jax.typing.ArrayLike = 0.95,
@@ -344,49 +255,3 @@ def scale_by_soap(
     # Second moments of rank one bound each row by themselves.
     words = Words() if factorized else Words(second_moments=("nu",))
     return make_transformation(Inner(make, words), options)
-
-
-def check_adam(
-    b1: Any, b2: Any, eps: Any, eps_root: Any, mu_dtype: Any, nesterov: Any
-) -> None:
-    """Checks the arguments of `optax.scale_by_adam`."""
-    _arguments.check(
-        b1=(b1, _arguments.number(0, 1)),
-        b2=(b2, _arguments.number(0, 1)),
-        eps=(eps, _arguments.number(0)),
-        eps_root=(eps_root, _arguments.number(0)),
-        mu_dtype=(mu_dtype, _arguments.optional(_arguments.floating_dtype)),
-        nesterov=(nesterov, _arguments.flag),
-    )
-    _arguments.slowest_mean("b1", b1, mu_dtype, "mu_dtype")
-
-
-def settings_of_adam(
-    of_factored: AdamSettings, b1: Any, b2: Any, eps: Any, mu_dtype: Any
-) -> tuple[AdamSettings, AdamSettings]:
-    """The settings of parameters with factors, and those of the others.
-
-    Args:
-      of_factored: settings of the parameters with factors.
-      b1: what differs for the others, or None.
-      b2: the same.
-      eps: the same.
-      mu_dtype: dtype of the stored first moments.
-    """
-    if b1 is not None:
-        _arguments.slowest_mean("adam_b1", b1, mu_dtype, "mu_dtype")
-    eps = None if eps is None else nonzero(eps)
-    return of_factored, of_factored.differing(b1, b2, eps)
-
-
-def nonzero(eps: Any) -> Any:
-    """Raises an epsilon of 0 to the smallest number that is normal in float32.
-
-    Adam then divides no 0 by 0 where gradients are 0. `optax.inject_hyperparams` gives
-    hyperparameters the dtype of the parameters, and float16 rounds the default to 0.
-    """
-    tiny = float(jnp.finfo(jnp.float32).tiny)
-    if isinstance(eps, jax.Array):
-        wide = eps.astype(jnp.promote_types(eps.dtype, jnp.float32))
-        return jnp.maximum(wide, tiny)
-    return max(float(eps), tiny)

@@ -60,7 +60,7 @@ def of_makes(*names):
         marks = [] if name == names[0] else pytest.mark.slow
         return pytest.param(functools.partial(make_tx, name), id=name, marks=marks)
 
-    return pytest.mark.parametrize("make", map(one, names))
+    return pytest.mark.parametrize("make", list(map(one, names)))
 
 
 soap, both, every = of_makes("soap"), of_makes("soap", "shampoo"), of_makes(*MAKES)

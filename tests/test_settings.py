@@ -194,6 +194,20 @@ def test_update_rms(make, block_size, scale):
     np.testing.assert_allclose(ours / 0.2, theirs / rms(theirs), rtol=1e-4, atol=1e-5)
 
 
+def test_update_rms_comes_in_the_place_of_a_bound():
+    sizes = {"update_rms": 0.2, "clip_update_rms": 0.01, "basis": "current"}
+    tx = soap_optax.scale_by_soap(**sizes)
+    w = normal(4, 3)
+    updates, _ = tx.update(w, tx.init(w))
+    np.testing.assert_allclose(np.sqrt(np.mean(np.square(updates))), 0.2, rtol=1e-5)
+
+
+@pytest.mark.parametrize("value", [None, 1e-8])
+def test_the_default_epsilon_of_adam(value):
+    given = run(soap_optax.shampoo(0.1, adam_eps=value))[0]
+    jax.tree.map(np.testing.assert_array_equal, given, run(soap_optax.shampoo(0.1))[0])
+
+
 def test_update_rms_of_nothing():
     """Zero updates stay zero, and gradients that are not finite hurt no factor."""
     tx = soap_optax.scale_by_soap(update_rms=0.2)
@@ -317,5 +331,9 @@ def test_matrices_in_a_partition():
     tx = optax.partition({"soap": soap, "adam": optax.adam(0.1)}, labels)
     own = run(tx)[0][-1]["layers"]["w"]
     np.testing.assert_allclose(own, run(soap)[0][-1]["layers"]["w"], rtol=1e-5)
+    labels = {"embed": "adam", "layers": "adam", "head": "soap"}
+    numbers = soap_optax.matrices(exclude="layers/bias")
+    soap = soap_optax.soap(0.1, dimension_numbers=numbers)
+    assert run(optax.partition({"soap": soap, "adam": optax.adam(0.1)}, labels))
     frozen = {**PARAMS, "embed": None}
     assert MATRICES(frozen) == {**MATRICES(PARAMS), "embed": None}

@@ -424,6 +424,7 @@ def test_derivatives_without_jit_and_of_ensembles():
     [
         "soap",
         "factorized, kl",
+        "rcond",
         pytest.param("current", marks=slow),
         pytest.param("shampoo", marks=slow),
     ],
@@ -435,6 +436,7 @@ def test_derivatives_are_finite_where_nothing_is_known(name):
         "current": functools.partial(soap, basis="current"),
         "shampoo": shampoo,
         "factorized, kl": functools.partial(soap, factorized=True, factors="kl"),
+        "rcond": functools.partial(soap, rcond=1e-12),
     }[name]
 
     def final(scale, params):

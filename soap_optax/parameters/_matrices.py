@@ -36,8 +36,9 @@ def matrices(
       A function from the parameters to a tree like them, with `DimensionNumbers` for
       matrices and None for all others, for the option `dimension_numbers` of every
       function of this library. It raises a `ValueError` for a pattern that matches no
-      parameter, naming the pattern and listing the paths. Parameters that another
-      optimizer of an `optax.partition` has count, too.
+      parameter, naming the pattern and listing the paths. In an `optax.partition` and
+      under `optax.masked` there is no such error, because they hide parameters, which a
+      pattern may be for.
 
     Raises:
       ValueError: for a pattern that is no regular expression.
@@ -58,10 +59,11 @@ def matrices(
         treedef: Any
         nodes, treedef = jax.tree.flatten(params, is_leaf=_is_hidden)
         paths = list(map("/".join, _tree.names(params, _is_hidden)))
-        is_out = _found("exclude", excluded, paths)
-        is_in = [True] * len(paths)
-        if included is not None:
-            is_in = _found("include", included, paths)
+        if not any(isinstance(node, optax.MaskedNode) for node in nodes):
+            _check_found("exclude", excluded, paths)
+            _check_found("include", included or [], paths)
+        is_out = [_is_found(path, excluded) for path in paths]
+        is_in = [included is None or _is_found(path, included) for path in paths]
 
         def one(node: Any, with_factors: bool, without: bool) -> Any:
             if _is_hidden(node):
@@ -90,12 +92,15 @@ def _compiled(name: str, patterns: Any) -> list[re.Pattern[str]]:
         raise ValueError(f"{name} must be {rule}, got {patterns!r}: {error}") from error
 
 
-def _found(
+def _check_found(
     name: str, patterns: Sequence[re.Pattern[str]], paths: Sequence[str]
-) -> list[bool]:
-    """Says of each path whether a pattern matches it; each pattern has to match one."""
+) -> None:
+    """Raises a `ValueError` for a pattern that matches no path, if there are paths."""
     for pattern in patterns:
         rule = f"patterns that match one of {', '.join(paths)}"
         fits = not paths or any(map(pattern.search, paths))
         _arguments.require(name, pattern.pattern, rule, fits)
-    return [any(pattern.search(path) for pattern in patterns) for path in paths]
+
+
+def _is_found(path: str, patterns: Sequence[re.Pattern[str]]) -> bool:
+    return any(pattern.search(path) for pattern in patterns)
