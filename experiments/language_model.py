@@ -70,20 +70,20 @@ VARIANTS: dict[str, dict[str, Any]] = {
 
 
 # As in Muon, the embedding and the head are left to Adam.
-_HIDDEN: dict[str, Any] = {"adam": ("embed",)}
-_BEST: dict[str, Any] = {"basis": "current", "factors": "kl"}
+_ADAM: dict[str, Any] = {"adam": ("embed",)}
+_KL: dict[str, Any] = {"basis": "current", "factors": "kl"}
 RECIPES: dict[str, dict[str, Any]] = {
     "AdamW": {"optimizer": "adamw"},
     "NAdamW": {"optimizer": "adamw", "nesterov": True},
     "Muon": {"optimizer": "muon", "nesterov": True},
-    "Shampoo": {"optimizer": "shampoo", "nesterov": True, **_HIDDEN},
+    "Shampoo": {"optimizer": "shampoo", "nesterov": True, **_ADAM},
     "SOAP, as published": {},
-    "SOAP": {"nesterov": True, **_HIDDEN},
+    "SOAP": {"nesterov": True, **_ADAM},
     "SOAP, current, KL, f=1": {
         "nesterov": True,
         "precondition_frequency": 1,
-        **_HIDDEN,
-        **_BEST,
+        **_ADAM,
+        **_KL,
     },
 }
 RECIPE_RATES = (3e-3, 1e-2, 3e-2, 1e-1)

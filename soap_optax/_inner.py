@@ -4,7 +4,7 @@ The step makes them anew each time, from the plans of the parameters and the eig
 of the factors; see `soap_optax._eigenbasis.Inner`.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -110,16 +110,14 @@ def scale_by_adam(
     they are.
     """
     del eigenvalues
-    of_factored, of_others = settings
-    has_factors = [leaf.layout.has_factors for leaf in leaves]
 
-    def adam(settings: AdamSettings) -> optax.GradientTransformation:
+    def adam(own: AdamSettings) -> optax.GradientTransformation:
         return optax.scale_by_adam(
-            *settings, eps_root=eps_root, mu_dtype=mu_dtype, nesterov=nesterov
+            *own, eps_root=eps_root, mu_dtype=mu_dtype, nesterov=nesterov
         )
 
-    if of_others is None:
-        return optax.with_extra_args_support(adam(of_factored))
+    if settings[1] is None:
+        return optax.with_extra_args_support(adam(settings[0]))
 
     def update_fn(
         updates: optax.Updates,
@@ -128,23 +126,41 @@ def scale_by_adam(
         **extra_args: Any,
     ) -> tuple[optax.Updates, optax.ScaleByAdamState]:
         del params, extra_args
+
+        def one(
+            gradient: jax.Array, mu: jax.Array, nu: jax.Array, leaf: Leaf
+        ) -> tuple[Any, Any, Any]:
+            old = optax.ScaleByAdamState(state.count, mu, nu)
+            step, new = adam(_own(settings, leaf)).update(gradient, old)
+            return step, new.mu, new.nu
+
         treedef: Any
         arrays, treedef = jax.tree.flatten(updates)
-        old = [arrays, *map(treedef.flatten_up_to, (state.mu, state.nu))]
-        new: list[list[Any]] = [[None] * len(arrays) for _ in range(3)]
-        for settings, kind in ((of_factored, True), (of_others, False)):
-            some = [i for i, has in enumerate(has_factors) if has == kind]
-            gradients, mu, nu = ([entries[i] for i in some] for entries in old)
-            part = optax.ScaleByAdamState(state.count, mu, nu)
-            steps, part = adam(settings).update(gradients, part)
-            for entries, changed in zip(new, (steps, part.mu, part.nu), strict=True):
-                for i, entry in zip(some, changed, strict=True):
-                    entries[i] = entry
-        steps, mu, nu = map(treedef.unflatten, new)
+        old = map(treedef.flatten_up_to, (state.mu, state.nu))
+        steps, mu, nu = (
+            treedef.unflatten(entries)
+            for entries in _transposed(map(one, arrays, *old, leaves))
+        )
         count = optax.safe_increment(state.count)
         return steps, optax.ScaleByAdamState(count, mu, nu)
 
-    return optax.GradientTransformationExtraArgs(adam(of_factored).init, update_fn)
+    return optax.GradientTransformationExtraArgs(adam(settings[0]).init, update_fn)
+
+
+def _own(
+    settings: tuple[AdamSettings, AdamSettings | None], leaf: Leaf
+) -> AdamSettings:
+    """The settings of one parameter, of those that `settings_of_adam` gives."""
+    of_factored, of_others = settings
+    if of_others is None or leaf.layout.has_factors:
+        return of_factored
+    return of_others
+
+
+def _transposed(results: Iterable[tuple[Any, Any, Any]]) -> list[list[Any]]:
+    """Three lists of results in place of a list of triples, which may be empty."""
+    triples = list(results)
+    return [[triple[i] for triple in triples] for i in range(3)]
 
 
 def scale_by_factorized_adam(
@@ -164,7 +180,6 @@ def scale_by_factorized_adam(
     Sublinear Memory Cost", https://arxiv.org/abs/1804.04235.
     """
     del eigenvalues
-    of_factored, of_others = settings
 
     def scale(moment: jax.Array, means: Any, leaf: Leaf, eps: Any) -> jax.Array:
         if leaf.layout.has_factors:
@@ -178,10 +193,7 @@ def scale_by_factorized_adam(
     def one(
         gradient: jax.Array, mu: jax.Array, nu: Any, leaf: Leaf, count: jax.Array
     ) -> tuple[jax.Array, jax.Array, list[jax.Array]]:
-        own = of_factored
-        if of_others is not None and not leaf.layout.has_factors:
-            own = of_others
-        b1, b2, eps = own
+        b1, b2, eps = _own(settings, leaf)
         mu = optax.tree.update_moment(gradient, mu, b1, 1)
         mean = _corrected_mean(mu, gradient, b1, count, nesterov)
         nu = _updated_squares(gradient, leaf, nu, b2)
@@ -207,8 +219,7 @@ def scale_by_factorized_adam(
         arrays, treedef = jax.tree.flatten(updates)
         old = treedef.flatten_up_to(state.mu), _tree.find(leaves, state.nu)
         of_leaf = zip(arrays, *old, leaves, strict=True)
-        new = [one(*entry, count) for entry in of_leaf]
-        steps, mu, nu = map(list, zip(*new, strict=True)) if new else ([], [], [])
+        steps, mu, nu = _transposed(one(*entry, count) for entry in of_leaf)
         nested = _tree.nest(leaves, nu)
         state = FactorizedAdamState(count, treedef.unflatten(mu), nested)
         return treedef.unflatten(steps), state
