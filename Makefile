@@ -5,16 +5,15 @@ BIN := $(VENV)/bin
 # Tests of a group share what one process has compiled.
 PYTEST := pytest -n 2 --dist loadgroup
 
-.PHONY: help setup train train-sharded sweep reliability experiments bench tpu-check \
+.PHONY: help setup train train-sharded reliability experiments bench tpu-check \
 	gpu-check test test-default-flags test-slow test-oldest dist-check lint format clean
 
 help:
-	@echo "make train          SOAP beside AdamW on a small language model, with a plot"
+	@echo "make train          SOAP, Muon and AdamW on a small language model, with a plot"
 	@echo "make train-sharded  the language model on a mesh of 8 virtual devices"
 	@echo "make test           lint, types and tests"
 	@echo "make test-default-flags  the tests of numbers as XLA compiles for users"
 	@echo "make test-slow      every combination of options, 2,400 random cases, long runs"
-	@echo "make sweep          the sweep that tuned both optimizers of make train"
 	@echo "make reliability    the figures of docs/reliability.md"
 	@echo "make experiments    the paper's comparison at a small scale, of docs/results.md"
 	@echo "make bench          times and memory of steps, refreshes, compiling, training"
@@ -43,15 +42,13 @@ train-sharded: setup
 		--steps 40 --warmup 10 --eval-every 10 --eval-batches 2 \
 		--metrics runs/sharded.csv
 
-sweep: setup
-	$(BIN)/python examples/compare_lm.py --sweep --out runs/sweep
-
 reliability: setup
 	$(BIN)/python experiments/reliability.py --out docs/results
 
 experiments: setup
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e ".[experiments]"
-	$(BIN)/python experiments/language_model.py --out docs/results
+	$(BIN)/python experiments/language_model.py --out docs/results \
+		--curves docs/results/curves
 	$(BIN)/python experiments/pinn.py --out docs/results
 	$(BIN)/python experiments/vision.py --out docs/results
 

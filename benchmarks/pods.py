@@ -68,6 +68,7 @@ class Pod:
             remat=self.remat,
             initial_basis="identity",
             block_size=self.block_size,
+            **train_lm.PUBLISHED,
         )
 
 

@@ -19,6 +19,7 @@ runs the command.
 import csv
 import dataclasses
 import functools
+import inspect
 import math
 import sys
 import sysconfig
@@ -82,15 +83,29 @@ PRESETS = {
     ),
 }
 
-# The learning rate and b2 of each optimizer. Those of soap and adamw had the lowest
-# loss in `make sweep`, on the tiny preset; those of the others are starting points.
-TUNED = {
-    "soap": (3e-2, 0.95),
-    "adamw": (1e-2, 0.99),
-    "shampoo": (1e-2, 0.95),
-    "muon": (1e-2, 0.95),
-    "lion": (1e-3, 0.99),
+# What each optimizer is given where the command says nothing. Those of soap, muon and
+# adamw are the best of a sweep on the tiny preset with 300 steps, or within 0.001 nats
+# of it (docs/results.md). The others are starting points. Larger models want less.
+TUNED: dict[str, dict[str, Any]] = {
+    "soap": {
+        "learning_rate": 3e-2,
+        "b2": 0.95,
+        "precondition_frequency": 1,
+        "factors": "kl",
+        "basis": "current",
+    },
+    "shampoo": {"learning_rate": 3e-2, "b2": 0.95},
+    "muon": {"learning_rate": 3e-2, "adam_learning_rate": 1e-1, "b2": 0.95},
+    "adamw": {"learning_rate": 1e-2, "b2": 0.98},
+    "lion": {"learning_rate": 1e-3, "b2": 0.99},
 }
+UNTUNED: dict[str, Any] = {
+    "precondition_frequency": 10,
+    "factors": "shampoo",
+    "basis": "previous",
+}
+# The choices of the SOAP paper.
+PUBLISHED = UNTUNED | {"nesterov": False, "adam": ()}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,8 +113,9 @@ class Config:
     """What to train, on what, and how."""
 
     preset: Literal["tiny", "210m", "360m", "660m", "llama-8b"] = "tiny"
-    optimizer: Literal["soap", "shampoo", "adamw", "muon", "lion"] = "soap"
-    """Muon needs an optax newer than 0.2.6."""
+    optimizer: str = "soap"
+    """A name in `OPTIMIZERS`: `soap`, `shampoo`, `muon`, `adamw` or `lion`. Muon needs
+    an optax newer than 0.2.6."""
     data: str = "stdlib"
     """A file, a folder, a `.bin` of uint16 tokens, or `stdlib`, which stands for the
     source files of Python's standard library. All but a `.bin` are read as bytes."""
@@ -107,13 +123,14 @@ class Config:
     """The size of the vocabulary. With None it is the preset's, or else 256 for bytes
     and 32128, which is T5's, for a `.bin`."""
     learning_rate: float | None = None
-    """The peak of the schedule; with None it is tuned to the tiny preset."""
+    """The peak of the schedule. With None this and b2, the frequency, the factors and
+    the basis are those of the optimizer in `TUNED`."""
     b1: float = 0.95
     b2: float | None = None
     weight_decay: float = 1e-4
     clip: float = 1.0
     """The global norm at which gradients are clipped."""
-    precondition_frequency: int = 10
+    precondition_frequency: int | None = None
     refresh: Literal["qr", "cholesky_qr", "eigh"] | None = None
     """How eigenbases are refreshed; with None SOAP takes `qr` and Shampoo `eigh`."""
     initial_basis: Literal["eigh", "identity"] = "eigh"
@@ -121,16 +138,18 @@ class Config:
     one_sided: bool = False
     factorized: bool = False
     """Whether the second moments of SOAP have rank one."""
-    factors: Literal["shampoo", "kl"] = "shampoo"
-    basis: Literal["previous", "current"] = "previous"
+    factors: Literal["shampoo", "kl"] | None = None
+    """Shampoo with factors `kl` is KL-Shampoo: its power is 1/2, without grafting."""
+    basis: Literal["previous", "current"] | None = None
     """The basis SOAP works in; `soap_optax.soap` explains these options."""
-    adam: tuple[str, ...] = ()
-    """Patterns of the parameters that SOAP and Shampoo leave to Adam; `embed` matches
-    the embedding and the head. Muon always leaves these to Adam."""
+    adam: tuple[str, ...] = ("embed",)
+    """Patterns of the matrices that are left to Adam, as vectors are; `embed` matches
+    the embedding and the head. AdamW and Lion have no use for this."""
     adam_learning_rate: float | None = None
-    """The peak for parameters that are left to Adam; with None it is that of all."""
-    nesterov: bool | None = None
-    """Whether momentum looks one step ahead; with None it does in Muon alone."""
+    """The peak for parameters that are left to Adam. With None it is that of all; only
+    where both rates are None are they both those of the optimizer in `TUNED`."""
+    nesterov: bool = True
+    """Whether momentum looks one step ahead, in all optimizers but Lion."""
     update_rms: float | None = None
     """The size of SOAP's and Shampoo's updates; `soap_optax.soap` explains it."""
     stagger: bool = False
@@ -175,12 +194,13 @@ class Config:
 
     def filled(self) -> "Config":
         """Fills in values of the preset and tuned ones where there is None."""
+        self.check_optimizer()
         preset = PRESETS[self.preset]
-        learning_rate, b2 = TUNED[self.optimizer]
-        defaults = {
+        defaults = UNTUNED | TUNED.get(self.optimizer, {})
+        if self.learning_rate is not None:  # The tuned rates belong together.
+            defaults.pop("adam_learning_rate", None)
+        defaults |= {
             "vocab": preset.vocab or (32128 if self.data.endswith(".bin") else 256),
-            "learning_rate": learning_rate,
-            "b2": b2,
             "steps": preset.steps,
             "warmup": preset.warmup,
             "batch": preset.batch,
@@ -205,7 +225,34 @@ class Config:
                 f"--accumulate must divide the batch of {self.batch}, got "
                 f"{self.accumulate}"
             )
+        self.check_rates()
         self.check_devices()
+
+    def check_optimizer(self) -> None:
+        """Refuses an optimizer that is not there."""
+        if self.optimizer not in OPTIMIZERS:
+            known = ", ".join(OPTIMIZERS)
+            raise ValueError(f"--optimizer must be of {known}, got {self.optimizer}")
+        options = inspect.signature(optax.contrib.muon).parameters
+        if self.optimizer == "muon" and "consistent_rms" not in options:
+            raise ValueError(
+                "--optimizer muon needs an optax newer than 0.2.6, got "
+                f"{optax.__version__}"
+            )
+
+    def check_rates(self) -> None:
+        """Refuses rates that are missing, and a rate of Adam where all is Adam's."""
+        for name in ("learning_rate", "b2"):
+            if getattr(self, name) is None:
+                option = name.replace("_", "-")
+                raise ValueError(
+                    f"--{option} must be given for {self.optimizer}, got none"
+                )
+        if self.optimizer in ("adamw", "lion") and self.adam_learning_rate is not None:
+            raise ValueError(
+                "--adam-learning-rate must be left out with adamw and lion, which have "
+                f"one rate, got {self.adam_learning_rate}"
+            )
 
     @property
     def shards(self) -> int:
@@ -517,16 +564,17 @@ def matrices(adam: Sequence[str]) -> Callable[[Any], Any]:
     return soap_optax.matrices(exclude=("scale", *adam))
 
 
-def muon_dimension_numbers(params: Any) -> Any:
-    """Gives hidden matrices to Muon, and all else to the Adam within it."""
+def is_numbers(node: Any) -> bool:
+    return node is None or isinstance(node, soap_optax.DimensionNumbers)
+
+
+def muon_dimension_numbers(adam: Sequence[str]) -> Callable[[Any], Any]:
+    """Gives the same matrices to Muon, and all else to the Adam within it."""
 
     def one(numbers):
         return numbers and optax.contrib.MuonDimensionNumbers(*numbers.factor_axes)
 
-    def is_entry(node):
-        return node is None or isinstance(node, soap_optax.DimensionNumbers)
-
-    return jax.tree.map(one, matrices(("embed",))(params), is_leaf=is_entry)
+    return lambda params: jax.tree.map(one, matrices(adam)(params), is_leaf=is_numbers)
 
 
 def make_optimizer(
@@ -546,8 +594,24 @@ def make_schedule(config: Config, peak: float) -> optax.Schedule:
     )
 
 
+def adam_schedule(config: Config) -> optax.Schedule:
+    """The schedule of parameters that are left to Adam."""
+    peak = config.adam_learning_rate
+    return make_schedule(config, config.learning_rate if peak is None else peak)
+
+
+def adamw_options(config: Config) -> dict[str, Any]:
+    """The options that AdamW, SOAP and Shampoo share."""
+    return {
+        "b1": config.b1,
+        "b2": config.b2,
+        "weight_decay": config.weight_decay,
+        "nesterov": config.nesterov,
+    }
+
+
 def eigenbasis_options(config: Config, mesh: Mesh | None) -> dict[str, Any]:
-    """The options that SOAP and Shampoo share."""
+    """The options of whatever works in eigenbases."""
     return {
         "precondition_frequency": config.precondition_frequency,
         "initial_basis": config.initial_basis,
@@ -556,7 +620,6 @@ def eigenbasis_options(config: Config, mesh: Mesh | None) -> dict[str, Any]:
         "factors": config.factors,
         "stagger": config.stagger,
         "dimension_numbers": matrices(config.adam),
-        "update_rms": config.update_rms,
         "rcond": config.rcond,
         "params_sharding": mesh and functools.partial(param_shardings, mesh),
     }
@@ -565,50 +628,72 @@ def eigenbasis_options(config: Config, mesh: Mesh | None) -> dict[str, Any]:
 def make_unclipped(
     config: Config, mesh: Mesh | None = None
 ) -> optax.GradientTransformation:
-    schedule = make_schedule(config, config.learning_rate)
-    nesterov, decay = bool(config.nesterov), {"weight_decay": config.weight_decay}
-    if config.optimizer == "muon":
-        return make_muon(config)
-    if config.optimizer == "adamw":
-        return optax.adamw(schedule, config.b1, config.b2, **decay, nesterov=nesterov)
-    if config.optimizer == "lion":
-        return optax.lion(schedule, config.b1, config.b2, **decay)
-    options = eigenbasis_options(config, mesh) | decay | {"nesterov": nesterov}
-    options["adam_learning_rate"] = adam_schedule(config)
-    if config.optimizer == "shampoo":
-        refresh = config.refresh or "eigh"
-        return soap_optax.shampoo(
-            schedule, config.b1, config.b2, **options, refresh=refresh
-        )
+    return OPTIMIZERS[config.optimizer](config, mesh)
+
+
+def make_soap(config: Config, mesh: Mesh | None) -> optax.GradientTransformation:
     return soap_optax.soap(
-        schedule,
-        config.b1,
-        config.b2,
-        **options,
+        make_schedule(config, config.learning_rate),
+        adam_learning_rate=adam_schedule(config),
+        update_rms=config.update_rms,
         refresh=config.refresh or "qr",
         basis=config.basis,
         factorized=config.factorized,
+        **adamw_options(config),
+        **eigenbasis_options(config, mesh),
     )
 
 
-def adam_schedule(config: Config) -> optax.Schedule | None:
-    """The schedule of parameters that are left to Adam, if it has a peak of its own."""
-    peak = config.adam_learning_rate
-    return None if peak is None else make_schedule(config, peak)
+def make_shampoo(config: Config, mesh: Mesh | None) -> optax.GradientTransformation:
+    is_kl = config.factors == "kl"
+    grafting = None if is_kl or config.update_rms is not None else "adam"
+    return soap_optax.shampoo(
+        make_schedule(config, config.learning_rate),
+        adam_learning_rate=adam_schedule(config),
+        update_rms=config.update_rms,
+        refresh=config.refresh or "eigh",
+        power=0.5 if is_kl else 0.4,
+        grafting=grafting,
+        **adamw_options(config),
+        **eigenbasis_options(config, mesh),
+    )
 
 
-def make_muon(config: Config) -> optax.GradientTransformation:
+def make_muon(config: Config, mesh: Mesh | None) -> optax.GradientTransformation:
+    del mesh
     return optax.contrib.muon(
         make_schedule(config, config.learning_rate),
         weight_decay=config.weight_decay,
-        nesterov=config.nesterov is not False,
+        nesterov=config.nesterov,
         adam_b1=config.b1,
         adam_b2=config.b2,
         adam_weight_decay=config.weight_decay,
         adam_learning_rate=adam_schedule(config),
-        muon_weight_dimension_numbers=muon_dimension_numbers,
+        muon_weight_dimension_numbers=muon_dimension_numbers(config.adam),
         consistent_rms=0.2,
     )
+
+
+def make_adamw(config: Config, mesh: Mesh | None) -> optax.GradientTransformation:
+    del mesh
+    schedule = make_schedule(config, config.learning_rate)
+    return optax.adamw(schedule, **adamw_options(config))
+
+
+def make_lion(config: Config, mesh: Mesh | None) -> optax.GradientTransformation:
+    del mesh
+    schedule, decay = make_schedule(config, config.learning_rate), config.weight_decay
+    return optax.lion(schedule, config.b1, config.b2, weight_decay=decay)
+
+
+OPTIMIZERS: dict[str, Callable[..., optax.GradientTransformation]] = {
+    "soap": make_soap,
+    "shampoo": make_shampoo,
+    "muon": make_muon,
+    "adamw": make_adamw,
+    "lion": make_lion,
+}
+"""Functions of the configuration and the mesh, by the name of the optimizer."""
 
 
 # --- training ------------------------------------------------------------------------

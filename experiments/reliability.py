@@ -231,8 +231,11 @@ def loss(seeds: tuple[int, ...] = (0, 1, 2)) -> Iterator[Row]:
         for rcond in (None, 0):
             metrics = Path(f"runs/reliability/loss_seed{seed}_rcond{rcond}.csv")
             if not metrics.exists() or read(metrics)[-1]["step"] != "600":
-                options = f"--seed {seed} --rcond {rcond} --metrics {metrics}"
-                command = [sys.executable, str(trainer), *options.split()]
+                options = (
+                    "--no-nesterov --adam --precondition-frequency 10 --factors shampoo"
+                    f" --basis previous --seed {seed} --rcond {rcond} --metrics"
+                )
+                command = [sys.executable, str(trainer), *options.split(), str(metrics)]
                 subprocess.run(command, check=True)
             row[f"rcond={rcond}"] = float(read(metrics)[-1]["validation_loss"])
         yield row

@@ -2,7 +2,7 @@
 
 import csv
 import dataclasses
-import inspect
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -22,6 +22,7 @@ from train_lm import (
     read_tokens,
     train,
 )
+from training import needs_consistent_rms
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 SMALL = Config(
@@ -37,23 +38,46 @@ def losses(config):
     return [(row.step, row.train_loss, row.validation_loss) for row in rows(config)]
 
 
-needs_consistent_rms = pytest.mark.skipif(
-    "consistent_rms" not in inspect.signature(optax.contrib.muon).parameters,
-    reason="optax.contrib.muon without consistent_rms",
-)
-
-
 @pytest.mark.parametrize(
-    "optimizer",
-    ["soap", "adamw", pytest.param("muon", marks=needs_consistent_rms), "lion"],
+    "changes",
+    [
+        {"optimizer": "soap"},
+        {"optimizer": "shampoo"},
+        {"optimizer": "shampoo", "factors": "kl"},
+        {"optimizer": "adamw"},
+        pytest.param({"optimizer": "muon"}, marks=needs_consistent_rms),
+        {"optimizer": "lion"},
+    ],
 )
-def test_every_optimizer_trains(optimizer):
-    config = dataclasses.replace(
-        SMALL, optimizer=optimizer, steps=20, learning_rate=3e-3
-    )
+def test_every_optimizer_trains(changes):
+    config = dataclasses.replace(SMALL, **changes, steps=20, learning_rate=3e-3)
     result = rows(config)
     assert [row.step for row in result] == list(range(2, 21, 2))
     assert result[-1].validation_loss < result[0].validation_loss < 6.5
+
+
+def test_what_is_not_said_is_tuned():
+    tuned = Config(optimizer="muon").filled()
+    assert (tuned.learning_rate, tuned.adam_learning_rate) == (0.03, 0.1)
+    own = Config(optimizer="muon", learning_rate=0.01).filled()
+    assert (own.learning_rate, own.adam_learning_rate) == (0.01, None)
+    soap = Config().filled()
+    assert (soap.precondition_frequency, soap.factors) == (1, "kl")
+    assert Config(factors="shampoo").filled().factors == "shampoo"
+    with pytest.raises(ValueError, match=r"--optimizer must be of soap, .* got sgd"):
+        Config(optimizer="sgd").filled()
+
+
+def test_embedding_and_head_are_left_to_adam():
+    config = dataclasses.replace(SMALL, optimizer="soap", scan=True).filled()
+    state = jax.eval_shape(lambda: make_state(config, make_model(config)))
+    factors = optax.tree.get(state.opt_state, "factors")
+    assert factors["embed"]["embedding"] == (None, None)
+    assert factors["unembed"]["kernel"] == (None, None)
+    for name in ("query", "attention_out", "mlp_in"):
+        rows, columns = factors["blocks"][name]["kernel"]
+        m, n = state.params["blocks"][name]["kernel"].shape[1:]
+        assert (rows.shape, columns.shape) == ((2, m, m), (2, n, n))
 
 
 def test_resuming_continues_bit_for_bit(tmp_path):
@@ -134,6 +158,11 @@ def test_batches_do_not_overlap_validation():
         ({"accumulate": 3}, ValueError, "--accumulate must divide the batch of 4"),
         ({"vocab": 100}, ValueError, "--vocab must exceed every token, got 100"),
         ({"accumulate": 0}, ValueError, "--accumulate must be at least 1, got 0"),
+        (
+            {"optimizer": "adamw", "adam_learning_rate": 0.1},
+            ValueError,
+            "--adam-learning-rate must be left out with adamw and lion",
+        ),
         ({"eval_every": 0}, ValueError, "--eval-every must be at least 1, got 0"),
         ({"data": __file__, "context": 4096}, ValueError, "--data must hold at least"),
     ],
@@ -211,12 +240,24 @@ def test_command_line_errors_are_one_line():
     assert "Traceback" not in result.stderr
 
 
+@needs_consistent_rms
 def test_comparison(tmp_path):
     short = [a.replace("--", "--config.") for a in SHORT]
     output = run_example("compare_lm.py", *short, "--out", tmp_path)
-    assert "adamw: validation loss" in output and "soap: validation loss" in output
-    assert {path.name for path in tmp_path.iterdir()} == {
-        "adamw.csv",
-        "soap.csv",
-        "compare.png",
-    }
+    for name in ("NAdamW", "Muon", "SOAP"):
+        assert f"{name}: validation loss" in output
+    for name in ("NAdamW", "Muon"):
+        assert re.search(rf"SOAP (reached|did not reach) {name}'s final", output)
+    names = {path.name for path in tmp_path.iterdir()}
+    assert names == {"adamw.csv", "muon.csv", "soap.csv", "compare.png"}
+
+
+def test_a_comparison_refuses_what_it_cannot_do_before_it_trains(tmp_path):
+    command = [sys.executable, str(EXAMPLES / "compare_lm.py"), "--out", str(tmp_path)]
+    result = subprocess.run(
+        [*command, "--optimizers", "adamw", "sgd"], capture_output=True, text=True
+    )
+    assert result.returncode != 0
+    assert "error: --optimizer must be of soap" in result.stderr
+    assert "Traceback" not in result.stderr
+    assert not list(tmp_path.iterdir())

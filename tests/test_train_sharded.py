@@ -73,6 +73,7 @@ def rows_of(config):
     [
         ADAMW,
         pytest.param({"scan": False}, marks=pytest.mark.slow),
+        pytest.param(train_lm.PUBLISHED, marks=pytest.mark.slow),
         pytest.param({"block_size": None}, marks=pytest.mark.slow),
         pytest.param({"initial_basis": "identity"}, marks=pytest.mark.slow),
         pytest.param({"refresh": "cholesky_qr"}, marks=pytest.mark.slow),

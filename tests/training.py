@@ -1,13 +1,22 @@
 """What several tests share: gradients and states after them, layouts, refreshes."""
 
+import inspect
+
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
+import pytest
 
 from soap_optax._options import complete
 from soap_optax.parameters._layout import make_layout
 from soap_optax.refresh import METHODS, _stacks
 from soap_optax.refresh._methods import RefreshRequest
+
+needs_consistent_rms = pytest.mark.skipif(
+    "consistent_rms" not in inspect.signature(optax.contrib.muon).parameters,
+    reason="optax.contrib.muon without consistent_rms",
+)
 
 
 def normal(*shape, seed=0, dtype=np.float32):
