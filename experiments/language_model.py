@@ -1,25 +1,28 @@
-"""The paper's comparison of optimizers on a small language model.
+"""The paper's comparison of optimizers on a small language model, in fair conditions.
 
-    python experiments/language_model.py          # All but the last part take an hour.
-    python experiments/language_model.py --parts efficiency
+    python experiments/language_model.py --parts efficiency --lengths 300
+    python experiments/language_model.py --parts efficiency --optimizers Muon SOAP
 
 The model is the tiny preset of `examples/train_lm.py`, and it is trained on the source
-files of Python's standard library. Runs are kept in `--runs` and not repeated, so that
-a command that was stopped goes on where it was. Each part prints a table and writes it,
-with a plot, to `--out`:
+files of Python's standard library. Every optimizer but AdamW, SPlus and published SOAP
+has Nesterov's momentum, all but published SOAP leave the embedding and the head to
+Adam, and each has its own best settings. Trainings are kept in `--curves` and not
+repeated, so that a command that was stopped goes on where it was. Each part prints a
+table and writes it, with a plot, to `--out`:
 
-    efficiency  counts the steps and seconds of each optimizer to AdamW's final loss
+    efficiency  counts the steps of each optimizer to the final losses of others
+    time        measures whole steps, and counts the time to NAdamW's final loss
     frequency   shows the final loss against the steps between refreshes
-    batch_size  shows the steps to a fixed loss against the batch size
-    ablations   shows what the options of SOAP cost and bring
-    recipes     compares optimizers with Nesterov, embedding and head left to Adam
+    batch_size  counts the steps to NAdamW's final loss in batches of different sizes
+    ablations   shows what each option of SOAP costs and brings
+    widths      shows the best learning rate of models of different widths
 """
 
 import dataclasses
 import functools
 import sys
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -27,223 +30,233 @@ import jax
 import matplotlib
 import numpy as np
 import tyro
-from results import Row, report, require_known, run_all
+from results import report, require_known
 
 sys.path.append(str(Path(__file__).parent.parent / "examples"))
-from train_lm import Config, make_model, make_state, train
+from train_lm import (
+    PUBLISHED,
+    Corpus,
+    jit_step,
+    make_model,
+    make_state,
+    read_tokens,
+)
+from tuning import Config, Curve, base, climb, curves, saved, seeds_of
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
-BASE = Config(
-    steps=300,
-    warmup=30,
-    eval_every=10,
-    eval_batches=4,
-    learning_rate=1e-2,
-    b2=0.95,
-    diagnose=False,
-)
-RATES = {
-    "adamw": (3e-3, 1e-2, 3e-2),
-    "soap": (1e-2, 3e-2, 1e-1),
-    "shampoo": (3e-3, 1e-2, 3e-2, 1e-1),
-    "muon": (3e-3, 1e-2, 3e-2, 1e-1),
-}
-LABELS = {"adamw": "AdamW", "soap": "SOAP", "shampoo": "Shampoo", "muon": "Muon"}
-COLORS = {"adamw": "C7", "soap": "C3", "shampoo": "C0", "muon": "C2"}
-FREQUENCIES = (1, 5, 10, 25, 50, 100)
-BATCHES = (8, 16, 32, 64)
-VARIANTS: dict[str, dict[str, Any]] = {
-    "SOAP, as published": {},
-    "eigh at every refresh": {"refresh": "eigh"},
-    "Cholesky-QR": {"refresh": "cholesky_qr"},
-    "current basis": {"basis": "current"},
-    "blocks of 64": {"block_size": 64},
-    "staggered": {"stagger": True},
-    "one-sided": {"one_sided": True},
-    "factorized": {"factorized": True},
-    "one-sided and factorized": {"one_sided": True, "factorized": True},
-    "KL": {"factors": "kl"},
-    "KL, current basis": {"factors": "kl", "basis": "current"},
-}
-
-
-# As in Muon, the embedding and the head are left to Adam.
-_ADAM: dict[str, Any] = {"adam": ("embed",)}
-_KL: dict[str, Any] = {"basis": "current", "factors": "kl"}
-RECIPES: dict[str, dict[str, Any]] = {
-    "AdamW": {"optimizer": "adamw"},
-    "NAdamW": {"optimizer": "adamw", "nesterov": True},
-    "Muon": {"optimizer": "muon", "nesterov": True},
-    "Shampoo": {"optimizer": "shampoo", "nesterov": True, **_ADAM},
-    "SOAP, as published": {},
-    "SOAP": {"nesterov": True, **_ADAM},
-    "SOAP, current, KL, f=1": {
-        "nesterov": True,
-        "precondition_frequency": 1,
-        **_ADAM,
-        **_KL,
+_RECIPE = {"precondition_frequency": 1, "factors": "kl", "basis": "current"}
+OPTIMIZERS: dict[str, dict[str, Any]] = {
+    "AdamW": {"optimizer": "adamw", "nesterov": False},
+    "NAdamW": {"optimizer": "adamw"},
+    "Muon": {"optimizer": "muon"},
+    "Shampoo": {"optimizer": "shampoo"},
+    "KL-Shampoo": {"optimizer": "shampoo", "factors": "kl"},
+    "SOAP, published": PUBLISHED,
+    "SOAP, f=10": {},
+    "SOAP": _RECIPE,
+    "SOAP-Muon": {"optimizer": "soap_muon", **_RECIPE},
+    "SOAP on spheres": {"optimizer": "soap_spheres", **_RECIPE},
+    "SPlus": {
+        "optimizer": "splus",
+        "nesterov": False,
+        "b1": 0.9,
+        "b2": 0.999,
+        "precondition_frequency": 100,
+        "learning_rate": 0.3,
+        "adam_learning_rate": 1e-2,
     },
 }
-RECIPE_RATES = (3e-3, 1e-2, 3e-2, 1e-1)
+COLORS = dict(zip(OPTIMIZERS, plt.get_cmap("tab20").colors, strict=False))
+BASELINES = ("AdamW", "NAdamW", "Muon", "Shampoo")
+RATES = ("learning_rate", "adam_learning_rate")
+FREQUENCIES = (1, 3, 10, 30, 100)
+FREQUENCY_OPTIMIZERS = {"SOAP": "SOAP, f=10", "Shampoo": "Shampoo"}
+"""Names without a frequency, and the labels of the settings to start from."""
+BATCHES = (32, 128, 512)
+BATCH_OPTIMIZERS = ("AdamW", "NAdamW", "SOAP")
+VARIANTS: dict[str, dict[str, Any]] = {
+    "SOAP": {},
+    "without Nesterov": {"nesterov": False},
+    "embedding and head in eigenbases": {"adam": ()},
+    "Shampoo's factors": {"factors": "shampoo"},
+    "previous basis": {"basis": "previous"},
+    "f=10": {"precondition_frequency": 10},
+    "update RMS 0.2": {"update_rms": 0.2},
+    "eigh": {"refresh": "eigh"},
+    "Cholesky-QR": {"refresh": "cholesky_qr"},
+    "blocks of 64": {"block_size": 64},
+    "one-sided, Shampoo's factor": {"one_sided": True, "factors": "shampoo"},
+    "factorized": {"factorized": True},
+    "one-sided, Shampoo's factor, factorized": {
+        "one_sided": True,
+        "factorized": True,
+        "factors": "shampoo",
+    },
+}
+OTHERS_WITHOUT_NESTEROV = ("Muon", "Shampoo", "SOAP, f=10")
+WIDTHS = {64: "width-64", 128: "tiny", 256: "width-256"}
+WIDTH_STEPS, WIDTH_ADAM_RATE = 120, 1e-2
+WIDTH_RATES = (3e-3, 1e-2, 3e-2, 1e-1, 3e-1)
+WAYS: dict[str, dict[str, Any]] = {
+    "NAdamW": {"optimizer": "adamw", "adam_learning_rate": None},
+    "SOAP, f=10": {},
+    "blocks of 64": {"block_size": 64},
+    "update RMS 0.2": {"update_rms": 0.2},
+    "on spheres": {"optimizer": "soap_spheres"},
+}
 
 
 @dataclasses.dataclass(frozen=True)
 class Experiment:
     """The paper's comparison of optimizers on a small language model."""
 
-    parts: tuple[str, ...] = ("efficiency", "frequency", "batch_size", "ablations")
+    parts: tuple[str, ...] = (
+        "efficiency",
+        "time",
+        "frequency",
+        "batch_size",
+        "ablations",
+        "widths",
+    )
+    optimizers: tuple[str, ...] = tuple(OPTIMIZERS)
+    """Which optimizers are compared in `efficiency` and `time`."""
+    lengths: tuple[int, ...] = (300, 1200)
+    """How many steps the trainings of `efficiency` and `time` have. Settings are sought
+    in the first length, and the learning rates anew in the others."""
     seeds: int = 3
-    """How many seeds the comparison of optimizers has; the other parts have one."""
-    runs: Path = Path("runs/language_model")
+    curves: Path = Path("runs/language_model")
     out: Path = Path("runs/language_model")
 
 
-@dataclasses.dataclass(frozen=True)
-class Curve:
-    """The steps, the seconds of one core and the validation losses of a run."""
-
-    config: Config
-    steps: np.ndarray
-    seconds: np.ndarray
-    losses: np.ndarray
-
-    def reached(self, loss: float) -> tuple[float, float]:
-        """The steps and the seconds to a loss, infinite if the run does not reach it.
-
-        Between two evaluations the loss is taken to fall on a line.
-        """
-        below = np.flatnonzero(self.losses <= loss)
-        if not len(below):
-            return np.inf, np.inf
-        i = below[0]
-        if i == 0:
-            return self.steps[0], self.seconds[0]
-        share = (self.losses[i - 1] - loss) / (self.losses[i - 1] - self.losses[i])
-        return tuple(
-            float(x[i - 1] + share * (x[i] - x[i - 1]))
-            for x in (self.steps, self.seconds)
-        )
+# --- settings ------------------------------------------------------------------------
 
 
-def run(config: Config) -> list[Row]:
-    rows = train(config, clock=time.process_time)
-    return [dataclasses.asdict(row) for row in rows]
+@functools.cache
+def tuned(
+    experiment: Experiment, steps: int
+) -> tuple[dict[str, Config], list[tuple[str, Curve]]]:
+    """The best configuration of each optimizer for seed 0, and all that were tried.
+
+    Both learning rates are sought together, then Adam's alone, then that of matrices
+    alone, then b2. In a length that is not the first, only the rates are sought, from
+    those of the first.
+    """
+    first = experiment.lengths[0]
+    if steps == first:
+        best = {
+            label: dataclasses.replace(base(steps), **OPTIMIZERS[label])
+            for label in experiment.optimizers
+        }
+        search = [RATES, ("adam_learning_rate",), ("learning_rate",), ("b2",)]
+    else:
+        starts, _ = tuned(experiment, first)
+        best = {label: at_length(config, steps) for label, config in starts.items()}
+        search = [RATES]
+    tried: dict[tuple[str, Config], Curve] = {}
+    for fields in search:
+        members = {
+            label: config
+            for label, config in best.items()
+            if has_two_rates(config) or fields in (RATES, ("b2",))
+        }
+        found, new = climb(experiment.curves, members, fields)
+        best |= found
+        tried |= {(label, curve.config): curve for label, curve in new}
+    return best, [(label, curve) for (label, _), curve in tried.items()]
 
 
-def name_of(config: Config) -> str:
-    """A name made of all fields that are not as in `BASE`."""
-    fields = [field.name for field in dataclasses.fields(config)]
-    changes = [n for n in fields if getattr(config, n) != getattr(BASE, n)]
-    return ",".join(f"{n}={getattr(config, n)}" for n in changes) or "base"
+def at_length(config: Config, steps: int) -> Config:
+    fields = ("steps", "warmup", "eval_every")
+    changes = {field: getattr(base(steps), field) for field in fields}
+    return dataclasses.replace(config, **changes)
 
 
-def curves(experiment: Experiment, configs: Iterable[Config]) -> list[Curve]:
-    jobs = {name_of(config): config for config in configs}
-    tables = run_all(run, jobs, experiment.runs)
+def has_two_rates(config: Config) -> bool:
+    """Whether Adam has matrices of its own beside another optimizer."""
+    return config.optimizer != "adamw" and bool(config.adam)
 
-    def column(rows, field):
-        return np.array([float(row[field]) for row in rows])
 
-    fields = ("step", "seconds", "validation_loss")
-    return [
-        Curve(config, *(column(tables[name], field) for field in fields))
-        for name, config in jobs.items()
-    ]
+def only(experiment: Experiment, *labels: str) -> Experiment:
+    """The experiment with the optimizers that a part compares."""
+    return dataclasses.replace(experiment, optimizers=tuple(dict.fromkeys(labels)))
+
+
+def settings(config: Config) -> dict[str, Any]:
+    rate = config.adam_learning_rate
+    return {
+        "learning rate": config.learning_rate,
+        "Adam's learning rate": config.learning_rate if rate is None else rate,
+        "b2": config.b2,
+    }
+
+
+def trainings(experiment: Experiment, steps: int) -> dict[str, list[Curve]]:
+    """The curves of all seeds by optimizer."""
+    best, _ = tuned(experiment, steps)
+    return {
+        label: seeds_of(experiment.curves, config, experiment.seeds)
+        for label, config in best.items()
+    }
 
 
 # --- efficiency ----------------------------------------------------------------------
 
 
-@functools.cache
-def tuned(experiment: Experiment) -> tuple[dict[str, Config], list[Row]]:
-    """The best configuration of each optimizer, and the sweep that says so.
-
-    Learning rates are swept at b2 = 0.95. AdamW, whose b2 matters, also runs with 0.99
-    at its best learning rate.
-    """
-    sweep = curves(
-        experiment,
-        [
-            dataclasses.replace(BASE, optimizer=optimizer, learning_rate=rate)
-            for optimizer, rates in RATES.items()
-            for rate in rates
-        ],
-    )
-    best = best_of(sweep)
-    other = dataclasses.replace(best["adamw"], b2=0.99)
-    sweep += curves(experiment, [other])
-    rows = [
-        {
-            "optimizer": LABELS[curve.config.optimizer],
-            "learning rate": curve.config.learning_rate,
-            "b2": curve.config.b2,
-            "final loss": curve.losses[-1],
-        }
-        for curve in sweep
-    ]
-    return best_of(sweep), rows
-
-
-def best_of(sweep: list[Curve]) -> dict[str, Config]:
-    best: dict[str, Curve] = {}
-    for curve in sweep:
-        so_far = best.setdefault(curve.config.optimizer, curve)
-        if curve.losses[-1] < so_far.losses[-1]:
-            best[curve.config.optimizer] = curve
-    return {optimizer: curve.config for optimizer, curve in best.items()}
-
-
 def efficiency(experiment: Experiment) -> None:
-    configs, sweep = tuned(experiment)
-    report(sweep, experiment.out / "efficiency_sweep.csv")
-    seeds = range(experiment.seeds)
-    found = curves(
-        experiment,
-        [dataclasses.replace(c, seed=seed) for seed in seeds for c in configs.values()],
-    )
-    adamw = {c.config.seed: c for c in found if c.config.optimizer == "adamw"}
-    rows = []
-    for curve in found:
-        target = adamw[curve.config.seed]
-        steps, seconds = curve.reached(target.losses[-1])
-        rows.append(
+    found = {}
+    for steps in experiment.lengths:
+        _, tried = tuned(experiment, steps)
+        rows = [
             {
-                "optimizer": LABELS[curve.config.optimizer],
-                "learning rate": curve.config.learning_rate,
-                "b2": curve.config.b2,
-                "seed": curve.config.seed,
-                "final loss": curve.losses[-1],
-                "seconds per step": curve.seconds[-1] / curve.steps[-1],
-                "steps to AdamW's loss": steps,
-                "seconds to AdamW's loss": seconds,
-                "fewer steps": 1 - steps / target.steps[-1],
-                "less time": 1 - seconds / target.seconds[-1],
+                "optimizer": label,
+                **settings(curve.config),
+                "final loss": curve.final,
             }
-        )
-    report(rows, experiment.out / "efficiency.csv")
-    plot_curves(found, experiment.out / "efficiency.png")
+            for label, curve in tried
+        ]
+        report(rows, experiment.out / f"efficiency_{steps}_sweep.csv")
+        found[steps] = trainings(experiment, steps)
+        rows = [summary(label, found[steps]) for label in found[steps]]
+        report(rows, experiment.out / f"efficiency_{steps}.csv")
+    plot_efficiency(found, experiment.out / "efficiency.png")
 
 
-def plot_curves(found: list[Curve], path: Path) -> None:
-    figure, panels = plt.subplots(1, 2, figsize=(10, 4), sharey=True)
-    for axis, field in zip(panels, ("steps", "seconds"), strict=True):
-        for curve in found:
-            optimizer, is_first = curve.config.optimizer, curve.config.seed == 0
-            axis.plot(
-                getattr(curve, field),
-                curve.losses,
-                color=COLORS[optimizer],
-                linewidth=1,
-                label=LABELS[optimizer] if is_first else None,
-            )
+def summary(label: str, found: dict[str, list[Curve]]) -> dict[str, Any]:
+    """The losses of an optimizer, and the steps it saves over others, mean of seeds."""
+    mine = found[label]
+    losses = [curve.final for curve in mine]
+    return {
+        "optimizer": label,
+        **settings(mine[0].config),
+        "seeds": len(mine),
+        "final loss": np.mean(losses),
+        "lowest": min(losses),
+        "highest": max(losses),
+        **{
+            f"fewer steps than {name}": np.mean(saved(mine, found[name]))
+            for name in BASELINES
+            if name in found
+        },
+    }
+
+
+def plot_efficiency(found: dict[int, dict[str, list[Curve]]], path: Path) -> None:
+    """Draws the mean loss of the seeds of each optimizer, a panel for each length."""
+    figure, panels = plt.subplots(1, len(found), figsize=(5 * len(found), 4))
+    for axis, (steps, of_optimizers) in zip(
+        np.atleast_1d(panels), found.items(), strict=True
+    ):
+        for label, of_seeds in of_optimizers.items():
+            mean = np.mean([curve.losses for curve in of_seeds], axis=0)
+            x, color = of_seeds[0].steps, COLORS[label]
+            axis.plot(x, mean, color=color, linewidth=1, label=label)
+        best = min(curve.final for c in of_optimizers.values() for curve in c)
+        axis.set(xlabel=f"steps, of {steps}", ylabel="validation loss (nats per byte)")
+        axis.set_ylim(best - 0.05, best + 1)
         axis.grid(alpha=0.3)
-    panels[0].set(xlabel="steps", ylabel="validation loss (nats per byte)")
-    panels[1].set(xlabel="seconds of one core, in training steps")
-    best = min(curve.losses[-1] for curve in found)
-    panels[0].set_ylim(best - 0.05, best + 1.2)
-    panels[0].legend()
+    axis.legend(fontsize="small")
     save(figure, path)
 
 
@@ -253,45 +266,121 @@ def save(figure: Any, path: Path) -> None:
     plt.close(figure)
 
 
+# --- time ----------------------------------------------------------------------------
+
+
+def measure_time(experiment: Experiment) -> None:
+    """Measures whole steps, of all optimizers in turn, in one process.
+
+    The machine must have nothing else to do. Every turn has a refresh of each optimizer
+    that has any, and the seconds of a step are the median of the turns.
+    """
+    experiment = only(experiment, "NAdamW", *experiment.optimizers)
+    best, _ = tuned(experiment, experiment.lengths[0])
+    steps = {label: stepper(config) for label, config in best.items()}
+    seconds: dict[str, list[float]] = {label: [] for label in best}
+    for _ in range(12):
+        for label, take in steps.items():
+            start = time.perf_counter()
+            take(10)
+            seconds[label].append((time.perf_counter() - start) / 10)
+    median = {label: float(np.median(s)) for label, s in seconds.items()}
+    share = {length: trainings(experiment, length) for length in experiment.lengths}
+    rows = [
+        {
+            "optimizer": label,
+            "seconds per step": median[label],
+            "to NAdamW's": (ratio := median[label] / median["NAdamW"]),
+            **{
+                f"less time than NAdamW in {length} steps": less_time(
+                    found[label], found["NAdamW"], ratio
+                )
+                for length, found in share.items()
+            },
+        }
+        for label in best
+    ]
+    report(rows, experiment.out / "time.csv")
+
+
+def less_time(found: list[Curve], others: list[Curve], ratio: float) -> float:
+    return float(np.mean(1 - ratio * (1 - saved(found, others))))
+
+
+def stepper(config: Config) -> Callable[[int], None]:
+    """A function that takes so many steps of a training, and waits for them."""
+    config = config.filled()
+    model = make_model(config)
+    state = make_state(config, model)
+    step = jit_step(config, model, state)
+    corpus = Corpus(read_tokens(config.data), config)
+
+    def take(count: int) -> None:
+        nonlocal state
+        for i in range(count):
+            state, loss = step(state, corpus.micro_batches(i))
+        jax.block_until_ready(loss)
+
+    take(11)  # It compiles, and the first step and a first refresh are no usual ones.
+    return take
+
+
 # --- frequency -----------------------------------------------------------------------
 
 
 def frequency(experiment: Experiment) -> None:
-    configs, _ = tuned(experiment)
-    found = curves(
-        experiment,
-        [
-            dataclasses.replace(configs[optimizer], precondition_frequency=count)
-            for optimizer in ("soap", "shampoo")
-            for count in FREQUENCIES
-        ],
-    )
+    """Seeks both learning rates anew for each frequency."""
+    experiment = only(experiment, "NAdamW", "Shampoo", "SOAP, f=10")
+    best, _ = tuned(experiment, experiment.lengths[0])
+    starts = {
+        (name, count): dataclasses.replace(best[label], precondition_frequency=count)
+        for name, label in FREQUENCY_OPTIMIZERS.items()
+        for count in FREQUENCIES
+    }
     rows = [
-        {
-            "optimizer": LABELS[curve.config.optimizer],
-            "precondition_frequency": curve.config.precondition_frequency,
-            "final loss": curve.losses[-1],
-            "seconds per step": curve.seconds[-1] / curve.steps[-1],
-        }
-        for curve in found
+        {"optimizer": name, "precondition_frequency": count, **row}
+        for (name, count), row in with_best_rates(experiment, starts)
     ]
     report(rows, experiment.out / "frequency.csv")
-    [adamw] = curves(experiment, [configs["adamw"]])
-    plot_frequency(found, adamw.losses[-1], experiment.out / "frequency.png")
+    nadamw = seeds_of(experiment.curves, best["NAdamW"], experiment.seeds)
+    baseline = float(np.mean([curve.final for curve in nadamw]))
+    plot_frequency(rows, baseline, experiment.out / "frequency.png")
 
 
-def plot_frequency(found: list[Curve], adamw: float, path: Path) -> None:
-    figure, axis = plt.subplots(figsize=(6, 4))
-    for optimizer in ("shampoo", "soap"):
-        mine = [c for c in found if c.config.optimizer == optimizer]
-        axis.plot(
-            [c.config.precondition_frequency for c in mine],
-            [c.losses[-1] for c in mine],
-            "o-",
-            color=COLORS[optimizer],
-            label=LABELS[optimizer],
+def with_best_rates(
+    experiment: Experiment, starts: dict[Any, Config]
+) -> Iterator[tuple[Any, dict[str, Any]]]:
+    """Seeks the learning rates of each configuration, and gives the losses of seeds."""
+    best, _ = climb(experiment.curves, starts, RATES)
+    for key, config in best.items():
+        of_seeds = seeds_of(experiment.curves, config, experiment.seeds)
+        losses = [curve.final for curve in of_seeds]
+        yield (
+            key,
+            {
+                **settings(config),
+                "seeds": len(losses),
+                "final loss": np.mean(losses),
+                "lowest": min(losses),
+                "highest": max(losses),
+                "state bytes": state_bytes(config),
+            },
         )
-    axis.axhline(adamw, color=COLORS["adamw"], linestyle=":", label="AdamW")
+
+
+def state_bytes(config: Config) -> int:
+    filled = config.filled()
+    model = make_model(filled)
+    state = jax.eval_shape(lambda: make_state(filled, model))
+    return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(state.opt_state))
+
+
+def plot_frequency(rows: list[dict[str, Any]], nadamw: float, path: Path) -> None:
+    figure, axis = plt.subplots(figsize=(6, 4))
+    for name, label in FREQUENCY_OPTIMIZERS.items():
+        losses = [row["final loss"] for row in rows if row["optimizer"] == name]
+        axis.plot(FREQUENCIES, losses, "o-", color=COLORS[label], label=name)
+    axis.axhline(nadamw, color=COLORS["NAdamW"], linestyle=":", label="NAdamW")
     axis.set(
         xscale="log",
         xlabel="precondition_frequency (steps)",
@@ -308,59 +397,50 @@ def plot_frequency(found: list[Curve], adamw: float, path: Path) -> None:
 
 
 def batch_size(experiment: Experiment) -> None:
-    """Counts the steps to a loss for each batch size.
+    """Trains on as many tokens in batches of different sizes.
 
-    The learning rate is the tuned one times the root of the ratio of batch sizes. The
-    loss is the highest with which any of the runs ends, so that all reach it.
+    Both learning rates are sought anew for each size. Losses of different sizes are on
+    different sequences, so that only those of one size are compared.
     """
-    configs, _ = tuned(experiment)
-    base = 32  # The batch of the preset.
-    found = curves(
-        experiment,
-        [
-            dataclasses.replace(
-                configs[optimizer],
-                batch=None if batch == base else batch,
-                eval_batches=BASE.eval_batches * base // batch,  # as many sequences
-                learning_rate=configs[optimizer].learning_rate * (batch / base) ** 0.5,
-            )
-            for optimizer in ("adamw", "soap")
-            for batch in BATCHES
-        ],
-    )
-    target = max(curve.losses[-1] for curve in found)
-    rows = [
-        {
-            "optimizer": LABELS[curve.config.optimizer],
-            "batch": curve.config.batch or base,
-            "learning rate": curve.config.learning_rate,
-            "final loss": curve.losses[-1],
-            "target loss": target,
-            "steps to target": curve.reached(target)[0],
+    experiment = only(experiment, *BATCH_OPTIMIZERS)
+    best, _ = tuned(experiment, experiment.lengths[0])
+    rows = []
+    for batch in BATCHES:
+        starts = {
+            label: at_batch(config, experiment.lengths[-1], batch)
+            for label, config in best.items()
         }
-        for curve in found
-    ]
+        configs, _ = climb(experiment.curves, starts, RATES)
+        found = {
+            label: seeds_of(experiment.curves, config, experiment.seeds)
+            for label, config in configs.items()
+        }
+        rows += [
+            {"batch": batch, "steps": configs[label].steps, **summary(label, found)}
+            for label in found
+        ]
     report(rows, experiment.out / "batch_size.csv")
-    plot_batch_size(rows, target, experiment.out / "batch_size.png")
+    plot_batch_size(rows, experiment.out / "batch_size.png")
 
 
-def plot_batch_size(rows: list[dict[str, Any]], target: float, path: Path) -> None:
+def at_batch(config: Config, steps: int, batch: int) -> Config:
+    """Fewer steps of a larger batch, evaluated on as many sequences."""
+    usual = BATCHES[0]
+    shorter = at_length(config, steps * usual // batch)
+    if batch == usual:
+        return shorter
+    count = shorter.eval_batches * usual // min(batch, 128)
+    return dataclasses.replace(shorter, batch=batch, eval_batches=count)
+
+
+def plot_batch_size(rows: list[dict[str, Any]], path: Path) -> None:
     figure, axis = plt.subplots(figsize=(6, 4))
-    for optimizer in ("adamw", "soap"):
-        mine = [row for row in rows if row["optimizer"] == LABELS[optimizer]]
-        steps = [row["steps to target"] for row in mine]
-        color, label = COLORS[optimizer], LABELS[optimizer]
-        axis.plot(BATCHES, steps, "o-", color=color, label=label)
-    ideal = [rows[0]["steps to target"] * BATCHES[0] / batch for batch in BATCHES]
-    axis.plot(BATCHES, ideal, "k:", linewidth=0.8, label="as many tokens")
-    axis.set(
-        xscale="log",
-        yscale="log",
-        xlabel="batch (sequences of 128 bytes)",
-        ylabel=f"steps to a validation loss of {target:.3f}",
-    )
+    for baseline in ("AdamW", "NAdamW"):
+        name = f"fewer steps than {baseline}"
+        shares = [row[name] for row in rows if row["optimizer"] == "SOAP"]
+        axis.plot(BATCHES, shares, "o-", color=COLORS[baseline], label=name)
+    axis.set(xscale="log", xlabel="batch (sequences of 128 bytes)", ylim=(0, 1))
     axis.set_xticks(BATCHES, BATCHES)
-    axis.set_yticks(marks := (25, 50, 100, 200, 400), marks)
     axis.minorticks_off()
     axis.grid(alpha=0.3)
     axis.legend()
@@ -371,113 +451,87 @@ def plot_batch_size(rows: list[dict[str, Any]], target: float, path: Path) -> No
 
 
 def ablations(experiment: Experiment) -> None:
-    configs, _ = tuned(experiment)
-    variants = {
-        label: dataclasses.replace(configs["soap"], **changes)
+    """Changes SOAP, and Nesterov in the others, with the best rates of each variant."""
+    experiment = only(experiment, "SOAP", *OTHERS_WITHOUT_NESTEROV)
+    best, _ = tuned(experiment, experiment.lengths[0])
+    starts = {
+        label: dataclasses.replace(best["SOAP"], **changes)
         for label, changes in VARIANTS.items()
     }
-    labels = [*variants, "Shampoo", "AdamW"]
-    all_configs = [*variants.values(), configs["shampoo"], configs["adamw"]]
-    found = curves(experiment, all_configs)
+    for label in OTHERS_WITHOUT_NESTEROV:
+        starts[label] = best[label]
+        without = dataclasses.replace(best[label], nesterov=False)
+        starts[f"{label}, without Nesterov"] = without
     rows = [
-        {
-            "variant": label,
-            "final loss": curve.losses[-1],
-            "seconds per step": curve.seconds[-1] / curve.steps[-1],
-            "state bytes": state_bytes(curve.config),
-        }
-        for label, curve in zip(labels, found, strict=True)
+        {"variant": label, **row} for label, row in with_best_rates(experiment, starts)
     ]
     report(rows, experiment.out / "ablations.csv")
-    figure, panels = plt.subplots(1, 3, figsize=(11, 4), sharey=True)
-    places = range(len(rows), 0, -1)
-    for axis, field in zip(panels, list(rows[0])[1:], strict=True):
-        values = [row[field] for row in rows]
-        axis.plot(values, places, "o", color="C3")
-        axis.set(xlabel=field)
-        axis.grid(alpha=0.3)
-    panels[0].set(yticks=places, yticklabels=labels, xlabel="final loss (nats)")
-    save(figure, experiment.out / "ablations.png")
 
 
-def state_bytes(config: Config) -> int:
-    filled = config.filled()
-    model = make_model(filled)
-    state = jax.eval_shape(lambda: make_state(filled, model))
-    return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(state.opt_state))
+# --- widths --------------------------------------------------------------------------
 
 
-# --- recipes -------------------------------------------------------------------------
+def widths(experiment: Experiment) -> None:
+    """Tries five learning rates in each width, in short trainings.
 
-
-def recipes(experiment: Experiment) -> None:
-    """Takes the best of four learning rates for each optimizer, with more seeds."""
-    of_rates = of_each(experiment, RECIPES, "learning_rate", RECIPE_RATES)
-    rows = [
-        {"optimizer": label, "learning rate": rate, "final loss": curve.losses[-1]}
-        for label, found in of_rates.items()
-        for rate, curve in zip(RECIPE_RATES, found, strict=True)
-    ]
-    report(rows, experiment.out / "recipes_sweep.csv")
-    best = {
-        label: min(found, key=lambda curve: curve.losses[-1]).config.learning_rate
-        for label, found in of_rates.items()
-    }
-    tuned = {
-        label: {**changes, "learning_rate": best[label]}
-        for label, changes in RECIPES.items()
-    }
-    of_seeds = of_each(experiment, tuned, "seed", range(experiment.seeds))
-    rows = [
-        {
-            "optimizer": label,
-            "learning rate": best[label],
-            "seeds": len(found),
-            "final loss": np.mean([curve.losses[-1] for curve in found]),
-            "spread": np.ptp([curve.losses[-1] for curve in found]),
-            "fewer steps than NAdamW": fewer_steps(found, of_seeds["NAdamW"]),
-            "fewer steps than Muon": fewer_steps(found, of_seeds["Muon"]),
+    They are those of matrices, and Adam's rate for the others is the same in all; only
+    NAdamW has one rate.
+    """
+    rows = []
+    for label, changes in WAYS.items():
+        jobs = {
+            (width, rate): dataclasses.replace(
+                base(WIDTH_STEPS),
+                preset=preset,
+                learning_rate=rate,
+                **{"adam_learning_rate": WIDTH_ADAM_RATE, **changes},
+            )
+            for width, preset in WIDTHS.items()
+            for rate in WIDTH_RATES
         }
-        for label, found in of_seeds.items()
-    ]
-    report(rows, experiment.out / "recipes.csv")
+        found = curves(experiment.curves, jobs.values())
+        rows += [
+            {
+                "optimizer": label,
+                "width": width,
+                "learning rate": rate,
+                "final loss": curve.final,
+            }
+            for (width, rate), curve in zip(jobs, found, strict=True)
+        ]
+    report(rows, experiment.out / "widths.csv")
+    plot_widths(rows, experiment.out / "widths.png")
 
 
-def of_each(
-    experiment: Experiment,
-    recipes: dict[str, dict[str, Any]],
-    field: str,
-    values: Sequence[Any],
-) -> dict[str, list[Curve]]:
-    """The curves of each recipe, with each value of a field of the configuration."""
-    configs = [
-        dataclasses.replace(BASE, **changes, **{field: value})
-        for changes in recipes.values()
-        for value in values
-    ]
-    found = iter(curves(experiment, configs))
-    return {label: [next(found) for _ in values] for label in recipes}
-
-
-def fewer_steps(found: list[Curve], others: list[Curve]) -> float:
-    """The mean share of steps that are saved until the final losses of others."""
-    pairs = zip(found, others, strict=True)
-    return 1 - float(
-        np.mean([a.reached(b.losses[-1])[0] / b.steps[-1] for a, b in pairs])
-    )
+def plot_widths(rows: list[dict[str, Any]], path: Path) -> None:
+    figure, panels = plt.subplots(1, len(WAYS), figsize=(15, 4), sharey=True)
+    for axis, label in zip(panels, WAYS, strict=True):
+        for width in WIDTHS:
+            mine = [r for r in rows if (r["optimizer"], r["width"]) == (label, width)]
+            losses = [row["final loss"] for row in mine]
+            axis.plot(WIDTH_RATES, losses, "o-", label=f"width {width}")
+        axis.set(xscale="log", xlabel="learning rate", title=label)
+        axis.grid(alpha=0.3)
+    best = min(row["final loss"] for row in rows)
+    panels[0].set_ylim(best - 0.05, best + 1)
+    panels[0].set_ylabel("final validation loss (nats per byte)")
+    panels[0].legend()
+    save(figure, path)
 
 
 PARTS: dict[str, Callable[[Experiment], None]] = {
     "efficiency": efficiency,
+    "time": measure_time,
     "frequency": frequency,
     "batch_size": batch_size,
     "ablations": ablations,
-    "recipes": recipes,
+    "widths": widths,
 }
 
 
 def main(experiment: Experiment) -> None:
     require_known("parts", experiment.parts, PARTS)
+    require_known("optimizers", experiment.optimizers, OPTIMIZERS)
     for part in experiment.parts:
         print(f"\n{part}")
         PARTS[part](experiment)

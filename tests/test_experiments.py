@@ -1,9 +1,19 @@
 """What the experiments compute from their runs, and that these are not repeated."""
 
+import dataclasses
+import itertools
+import math
+
+import jax
 import language_model
 import numpy as np
 import pytest
+import recipes
 import results
+import train_lm
+import tuning
+from train_lm import Config
+from training import needs_consistent_rms
 
 
 def one_row(value):
@@ -46,35 +56,136 @@ def test_what_there_is_not_cannot_be_asked_for():
         results.require_known("parts", ["c", "a", "d"], ["a", "b"])
 
 
-def test_steps_and_seconds_to_a_loss_are_between_evaluations():
-    curve = language_model.Curve(
-        language_model.BASE,
-        steps=np.array([10, 20, 30]),
-        seconds=np.array([1.0, 2.0, 4.0]),
-        losses=np.array([3.0, 2.0, 1.5]),
+BASE = tuning.base(300)
+
+
+def curve(*losses, **changes):
+    count = len(losses)
+    return tuning.Curve(
+        dataclasses.replace(BASE, **changes),
+        steps=np.arange(1, count + 1) * 10,
+        losses=np.array(losses),
     )
-    assert curve.reached(2.5) == (15, 1.5)
-    assert curve.reached(1.75) == (25, 3.0)
-    assert curve.reached(3.5) == (10, 1.0)
-    assert curve.reached(1.0) == (np.inf, np.inf)
 
 
-def test_runs_are_named_by_what_is_not_as_in_the_others():
-    config = language_model.dataclasses.replace(
-        language_model.BASE, seed=3, learning_rate=0.1
+def test_steps_to_a_loss_are_between_evaluations():
+    falling = curve(3.0, 2.0, 1.5)
+    assert falling.reached(2.5) == 15
+    assert falling.reached(1.75) == 25
+    assert falling.reached(3.5) == 10
+    assert falling.reached(1.0) == np.inf
+
+
+def test_a_training_that_does_not_stay_finite_ends_with_an_infinite_loss():
+    assert curve(3.0, 1.5).final == 1.5
+    assert curve(3.0, np.nan).final == curve(3.0, np.inf).final == np.inf
+
+
+def test_steps_are_saved_seed_by_seed():
+    others = [curve(4.0, 3.0, 2.0), curve(4.0, 3.0, 1.0)]
+    found = [curve(3.0, 2.0, 1.5), curve(3.0, 2.0, 1.5)]
+    np.testing.assert_allclose(tuning.saved(found, others), [1 / 3, -np.inf])
+    assert np.isnan(tuning.saved(found[:1], [curve(4.0, 3.0, np.nan)]))
+
+
+def test_runs_are_named_by_their_length_and_what_is_not_as_in_the_others():
+    config = dataclasses.replace(BASE, seed=3, learning_rate=0.1)
+    assert tuning.name_of(config) == "steps=300,learning_rate=0.1,seed=3"
+    assert tuning.name_of(tuning.base(1200)) == "steps=1200"
+
+
+def test_no_configuration_has_two_names():
+    up = tuning.shifted(BASE, ["adam_learning_rate"], 1)
+    assert (up.learning_rate, up.adam_learning_rate) == (0.03, 0.1)
+    assert tuning.shifted(up, ["learning_rate"], 1).adam_learning_rate is None
+    assert tuning.shifted(up, ["adam_learning_rate"], -1) == BASE
+
+
+def test_ladders_end():
+    config = dataclasses.replace(BASE, b2=tuning.LADDERS["b2"][-1])
+    (lower,) = tuning.neighbours(config, ["b2"])
+    assert lower.b2 == tuning.LADDERS["b2"][-2]
+
+
+@pytest.fixture
+def finished(tmp_path):
+    """Tables of all rates; losses are lowest at 0.003 and, for Adam, at 0.1."""
+    folder = tuning.of_this_machine(tmp_path)
+    rates = tuning.LADDERS["learning_rate"]
+    for rate, adam, label in itertools.product(rates, rates, ("soap", "adamw")):
+        loss = math.log(rate / 0.003) ** 2 + math.log(adam / 0.1) ** 2
+        config = dataclasses.replace(BASE, optimizer=label, learning_rate=rate)
+        if adam != rate:
+            config = dataclasses.replace(config, adam_learning_rate=adam)
+        row = {"step": 300, "validation_loss": loss}
+        results.write(folder / f"{tuning.name_of(config)}.csv", [row])
+    return tmp_path
+
+
+def test_a_search_ends_where_both_neighbours_are_worse(finished):
+    starts = {"a": BASE, "b": dataclasses.replace(BASE, optimizer="adamw")}
+    best, tried = tuning.climb(finished, starts, ["learning_rate"])
+    assert {label: c.learning_rate for label, c in best.items()} == {
+        "a": 0.003,
+        "b": 0.003,
+    }
+    of_a = {c.config.learning_rate for label, c in tried if label == "a"}
+    assert of_a == {0.1, 0.03, 0.01, 0.003, 0.001}
+    assert all(c.config.adam_learning_rate in (None, 0.03) for _, c in tried)
+    best, _ = tuning.climb(finished, best, ["adam_learning_rate"])
+    assert best["a"].adam_learning_rate == 0.1
+
+
+def test_rates_move_together(finished):
+    rates = ("learning_rate", "adam_learning_rate")
+    best, tried = tuning.climb(finished, {"a": BASE}, rates)
+    assert best["a"].learning_rate in (0.01, 0.03)
+    assert {c.config.adam_learning_rate for _, c in tried} == {None}
+
+
+@pytest.mark.parametrize("label", language_model.OPTIMIZERS)
+def test_every_optimizer_of_the_comparison_is_a_configuration(label):
+    config = dataclasses.replace(BASE, **language_model.OPTIMIZERS[label]).filled()
+    assert isinstance(config, Config)
+    longer = language_model.at_length(config, 1200)
+    assert (longer.steps, longer.warmup, longer.eval_every) == (1200, 120, 40)
+    short = language_model.at_batch(config, 300, 512)
+    assert (short.steps, short.eval_every, short.eval_batches) == (18, 1, 1)
+
+
+@pytest.mark.parametrize(
+    "optimizer",
+    [
+        pytest.param("soap_muon", marks=needs_consistent_rms),
+        "splus",
+        "soap_spheres",
+    ],
+)
+def test_recipes_train_stacked_layers(optimizer):
+    config = Config(
+        optimizer=optimizer,
+        learning_rate=0.03,
+        b2=0.95,
+        steps=12,
+        warmup=2,
+        batch=4,
+        context=32,
+        eval_every=6,
+        eval_batches=1,
+        scan=True,
     )
-    assert language_model.name_of(config) == "learning_rate=0.1,seed=3"
-    assert language_model.name_of(language_model.BASE) == "base"
+    first, last = train_lm.train(config)
+    assert last.validation_loss < first.validation_loss < 5.5
 
 
-def test_the_best_of_a_sweep():
-    def curve(optimizer, rate, loss):
-        config = language_model.dataclasses.replace(
-            language_model.BASE, optimizer=optimizer, learning_rate=rate
-        )
-        nothing = np.zeros(1)
-        return language_model.Curve(config, nothing, nothing, np.array([loss]))
-
-    sweep = [curve("soap", 1, 3.0), curve("soap", 2, 2.0), curve("adamw", 3, 2.5)]
-    best = language_model.best_of(sweep)
-    assert {k: c.learning_rate for k, c in best.items()} == {"soap": 2, "adamw": 3}
+def test_matrices_on_spheres_keep_their_norms():
+    params = {"w": jax.random.normal(jax.random.key(0), (3, 4, 5))}
+    tx = recipes.on_spheres(lambda count: 0.1)
+    state = tx.init(params)
+    grads = {"w": jax.random.normal(jax.random.key(1), (3, 4, 5))}
+    updates, state = tx.update(grads, state, params)
+    moved = params["w"] + updates["w"]
+    norm = lambda x: np.linalg.norm(x, axis=(1, 2))  # noqa: E731
+    np.testing.assert_allclose(norm(moved), norm(params["w"]), rtol=1e-5)
+    angle = norm(updates["w"]) / norm(params["w"])
+    np.testing.assert_allclose(angle, 0.1, rtol=0.05)
