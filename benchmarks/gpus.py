@@ -92,10 +92,7 @@ class Check:
     @property
     def config(self) -> train_lm.Config:
         return train_lm.Config(
-            preset=self.preset,
-            batch=self.batch,
-            vocab=32_128,
-            bf16=True,
+            preset=self.preset, batch=self.batch, vocab=32_128, bf16=True
         ).filled()
 
 
