@@ -68,7 +68,8 @@ OPTIMIZERS: dict[str, dict[str, Any]] = {
         "adam_learning_rate": 1e-2,
     },
 }
-COLORS = dict(zip(OPTIMIZERS, plt.get_cmap("tab20").colors, strict=False))
+_TAB20 = plt.get_cmap("tab20").colors  # They alternate between dark and light.
+COLORS = dict(zip(OPTIMIZERS, _TAB20[::2] + _TAB20[1::2], strict=False))
 BASELINES = ("AdamW", "NAdamW", "Muon", "Shampoo")
 RATES = ("learning_rate", "adam_learning_rate")
 FREQUENCIES = (1, 3, 10, 30, 100)

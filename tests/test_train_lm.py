@@ -62,7 +62,7 @@ def test_what_is_not_said_is_tuned():
     own = Config(optimizer="muon", learning_rate=0.01).filled()
     assert (own.learning_rate, own.adam_learning_rate) == (0.01, None)
     soap = Config().filled()
-    assert (soap.precondition_frequency, soap.factors) == (1, "kl")
+    assert (soap.precondition_frequency, soap.factors) == (5, "kl")
     assert Config(factors="shampoo").filled().factors == "shampoo"
     with pytest.raises(ValueError, match=r"--optimizer must be of soap, .* got sgd"):
         Config(optimizer="sgd").filled()
