@@ -15,7 +15,7 @@ help:
 	@echo "make test-default-flags  the tests of numbers as XLA compiles for users"
 	@echo "make test-slow      every combination of options, 2,400 random cases, long runs"
 	@echo "make reliability    the figures of docs/reliability.md"
-	@echo "make experiments    the paper's comparison at a small scale, of docs/results.md"
+	@echo "make experiments    the comparisons of docs/results.md, many hours if all are new"
 	@echo "make bench          times and memory of steps, refreshes, compiling, training"
 	@echo "make tpu-check      training steps compiled for TPU pods, without a TPU"
 	@echo "make gpu-check      memory of training steps compiled for a GPU, without a GPU"

@@ -99,9 +99,8 @@ def main(compare: Compare) -> None:
             f"{label(name)}: validation loss {last.validation_loss:.4f} after "
             f"{last.step} steps, {last.seconds:.0f} s"
         )
-    soap = results.pop("soap", None)
-    for name, rows in results.items():
-        if soap is not None:
+    if soap := results.pop("soap", None):
+        for name, rows in results.items():
             print(compared(soap, rows, label(name)))
     print(f"Metrics and plot: {compare.out}")
 

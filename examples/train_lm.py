@@ -96,13 +96,15 @@ TUNED: dict[str, dict[str, Any]] = {
         "factors": "kl",
         "basis": "current",
     },
-    "shampoo": {"learning_rate": 3e-2, "b2": 0.95},
+    "shampoo": {"learning_rate": 3e-2, "b2": 0.95, "refresh": "eigh"},
     "muon": {"learning_rate": 3e-2, "adam_learning_rate": 1e-1, "b2": 0.95},
     "adamw": {"learning_rate": 1e-2, "b2": 0.98},
     "lion": {"learning_rate": 1e-3, "b2": 0.99},
 }
+# What an optimizer is given where `TUNED` says nothing, either.
 UNTUNED: dict[str, Any] = {
     "precondition_frequency": 10,
+    "refresh": "qr",
     "factors": "shampoo",
     "basis": "previous",
 }
@@ -255,6 +257,12 @@ class Config:
                 "--adam-learning-rate must be left out with adamw and lion, which have "
                 f"one rate, got {self.adam_learning_rate}"
             )
+
+    @property
+    def adam_peak(self) -> float | None:
+        """The peak for parameters that are left to Adam."""
+        rate = self.adam_learning_rate
+        return self.learning_rate if rate is None else rate
 
     @property
     def shards(self) -> int:
@@ -598,8 +606,7 @@ def make_schedule(config: Config, peak: float) -> optax.Schedule:
 
 def adam_schedule(config: Config) -> optax.Schedule:
     """The schedule of parameters that are left to Adam."""
-    peak = config.adam_learning_rate
-    return make_schedule(config, config.learning_rate if peak is None else peak)
+    return make_schedule(config, config.adam_peak)
 
 
 def adamw_options(config: Config) -> dict[str, Any]:
@@ -616,6 +623,7 @@ def eigenbasis_options(config: Config, mesh: Mesh | None) -> dict[str, Any]:
     """The options of whatever works in eigenbases."""
     return {
         "precondition_frequency": config.precondition_frequency,
+        "refresh": config.refresh,
         "initial_basis": config.initial_basis,
         "block_size": config.block_size,
         "one_sided": config.one_sided,
@@ -638,7 +646,6 @@ def make_soap(config: Config, mesh: Mesh | None) -> optax.GradientTransformation
         make_schedule(config, config.learning_rate),
         adam_learning_rate=adam_schedule(config),
         update_rms=config.update_rms,
-        refresh=config.refresh or "qr",
         basis=config.basis,
         factorized=config.factorized,
         **adamw_options(config),
@@ -653,7 +660,6 @@ def make_shampoo(config: Config, mesh: Mesh | None) -> optax.GradientTransformat
         make_schedule(config, config.learning_rate),
         adam_learning_rate=adam_schedule(config),
         update_rms=config.update_rms,
-        refresh=config.refresh or "eigh",
         power=0.5 if is_kl else 0.4,
         grafting=grafting,
         **adamw_options(config),

@@ -22,7 +22,7 @@ import dataclasses
 import functools
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -51,8 +51,8 @@ OPTIMIZERS: dict[str, dict[str, Any]] = {
     "AdamW": {"optimizer": "adamw", "nesterov": False},
     "NAdamW": {"optimizer": "adamw"},
     "Muon": {"optimizer": "muon"},
-    "Shampoo": {"optimizer": "shampoo"},
-    "KL-Shampoo": {"optimizer": "shampoo", "factors": "kl"},
+    "Shampoo": {"optimizer": "shampoo", "refresh": "eigh"},
+    "KL-Shampoo": {"optimizer": "shampoo", "refresh": "eigh", "factors": "kl"},
     "SOAP, published": PUBLISHED,
     "SOAP, f=10": {},
     "SOAP": _RECIPE,
@@ -72,6 +72,8 @@ _TAB20 = plt.get_cmap("tab20").colors  # They alternate between dark and light.
 COLORS = dict(zip(OPTIMIZERS, _TAB20[::2] + _TAB20[1::2], strict=False))
 BASELINES = ("AdamW", "NAdamW", "Muon", "Shampoo")
 RATES = ("learning_rate", "adam_learning_rate")
+APART = (("adam_learning_rate",), ("learning_rate",))
+"""The settings that are sought only where Adam has matrices of its own."""
 FREQUENCIES = (1, 3, 10, 30, 100)
 FREQUENCY_OPTIMIZERS = {"SOAP": "SOAP, f=10", "Shampoo": "Shampoo"}
 """Names without a frequency, and the labels of the settings to start from."""
@@ -150,7 +152,7 @@ def tuned(
             label: dataclasses.replace(base(steps), **OPTIMIZERS[label])
             for label in experiment.optimizers
         }
-        search = [RATES, ("adam_learning_rate",), ("learning_rate",), ("b2",)]
+        search = [RATES, *APART, ("b2",)]
     else:
         starts, _ = tuned(experiment, first)
         best = {label: at_length(config, steps) for label, config in starts.items()}
@@ -160,7 +162,7 @@ def tuned(
         members = {
             label: config
             for label, config in best.items()
-            if has_two_rates(config) or fields in (RATES, ("b2",))
+            if has_two_rates(config) or fields not in APART
         }
         found, new = climb(experiment.curves, members, fields)
         best |= found
@@ -185,10 +187,9 @@ def only(experiment: Experiment, *labels: str) -> Experiment:
 
 
 def settings(config: Config) -> dict[str, Any]:
-    rate = config.adam_learning_rate
     return {
         "learning rate": config.learning_rate,
-        "Adam's learning rate": config.learning_rate if rate is None else rate,
+        "Adam's learning rate": config.adam_peak,
         "b2": config.b2,
     }
 
@@ -196,10 +197,25 @@ def settings(config: Config) -> dict[str, Any]:
 def trainings(experiment: Experiment, steps: int) -> dict[str, list[Curve]]:
     """The curves of all seeds by optimizer."""
     best, _ = tuned(experiment, steps)
+    return with_seeds(experiment, best)
+
+
+def with_seeds(
+    experiment: Experiment, configs: dict[Any, Config]
+) -> dict[Any, list[Curve]]:
+    """The curves of all seeds of each configuration."""
     return {
-        label: seeds_of(experiment.curves, config, experiment.seeds)
-        for label, config in best.items()
+        key: seeds_of(experiment.curves, config, experiment.seeds)
+        for key, config in configs.items()
     }
+
+
+def with_best_rates(
+    experiment: Experiment, starts: dict[Any, Config]
+) -> dict[Any, list[Curve]]:
+    """The same, with the best learning rates for seed 0, sought from these starts."""
+    best, _ = climb(experiment.curves, starts, RATES)
+    return with_seeds(experiment, best)
 
 
 # --- efficiency ----------------------------------------------------------------------
@@ -226,20 +242,23 @@ def efficiency(experiment: Experiment) -> None:
 
 def summary(label: str, found: dict[str, list[Curve]]) -> dict[str, Any]:
     """The losses of an optimizer, and the steps it saves over others, mean of seeds."""
-    mine = found[label]
-    losses = [curve.final for curve in mine]
+    shares = {
+        f"fewer steps than {name}": np.mean(saved(found[label], found[name]))
+        for name in BASELINES
+        if name in found
+    }
+    return {"optimizer": label, **outcome(found[label]), **shares}
+
+
+def outcome(of_seeds: list[Curve]) -> dict[str, Any]:
+    """The settings that the seeds share, and their final losses."""
+    losses = [curve.final for curve in of_seeds]
     return {
-        "optimizer": label,
-        **settings(mine[0].config),
-        "seeds": len(mine),
+        **settings(of_seeds[0].config),
+        "seeds": len(losses),
         "final loss": np.mean(losses),
         "lowest": min(losses),
         "highest": max(losses),
-        **{
-            f"fewer steps than {name}": np.mean(saved(mine, found[name]))
-            for name in BASELINES
-            if name in found
-        },
     }
 
 
@@ -339,41 +358,13 @@ def frequency(experiment: Experiment) -> None:
         for count in FREQUENCIES
     }
     rows = [
-        {"optimizer": name, "precondition_frequency": count, **row}
-        for (name, count), row in with_best_rates(experiment, starts)
+        {"optimizer": name, "precondition_frequency": count, **outcome(of_seeds)}
+        for (name, count), of_seeds in with_best_rates(experiment, starts).items()
     ]
     report(rows, experiment.out / "frequency.csv")
     nadamw = seeds_of(experiment.curves, best["NAdamW"], experiment.seeds)
     baseline = float(np.mean([curve.final for curve in nadamw]))
     plot_frequency(rows, baseline, experiment.out / "frequency.png")
-
-
-def with_best_rates(
-    experiment: Experiment, starts: dict[Any, Config]
-) -> Iterator[tuple[Any, dict[str, Any]]]:
-    """Seeks the learning rates of each configuration, and gives the losses of seeds."""
-    best, _ = climb(experiment.curves, starts, RATES)
-    for key, config in best.items():
-        of_seeds = seeds_of(experiment.curves, config, experiment.seeds)
-        losses = [curve.final for curve in of_seeds]
-        yield (
-            key,
-            {
-                **settings(config),
-                "seeds": len(losses),
-                "final loss": np.mean(losses),
-                "lowest": min(losses),
-                "highest": max(losses),
-                "state bytes": state_bytes(config),
-            },
-        )
-
-
-def state_bytes(config: Config) -> int:
-    filled = config.filled()
-    model = make_model(filled)
-    state = jax.eval_shape(lambda: make_state(filled, model))
-    return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(state.opt_state))
 
 
 def plot_frequency(rows: list[dict[str, Any]], nadamw: float, path: Path) -> None:
@@ -411,13 +402,13 @@ def batch_size(experiment: Experiment) -> None:
             label: at_batch(config, experiment.lengths[-1], batch)
             for label, config in best.items()
         }
-        configs, _ = climb(experiment.curves, starts, RATES)
-        found = {
-            label: seeds_of(experiment.curves, config, experiment.seeds)
-            for label, config in configs.items()
-        }
+        found = with_best_rates(experiment, starts)
         rows += [
-            {"batch": batch, "steps": configs[label].steps, **summary(label, found)}
+            {
+                "batch": batch,
+                "steps": found[label][0].config.steps,
+                **summary(label, found),
+            }
             for label in found
         ]
     report(rows, experiment.out / "batch_size.csv")
@@ -464,9 +455,21 @@ def ablations(experiment: Experiment) -> None:
         without = dataclasses.replace(best[label], nesterov=False)
         starts[f"{label}, without Nesterov"] = without
     rows = [
-        {"variant": label, **row} for label, row in with_best_rates(experiment, starts)
+        {
+            "variant": label,
+            **outcome(of_seeds),
+            "state bytes": state_bytes(of_seeds[0].config),
+        }
+        for label, of_seeds in with_best_rates(experiment, starts).items()
     ]
     report(rows, experiment.out / "ablations.csv")
+
+
+def state_bytes(config: Config) -> int:
+    filled = config.filled()
+    model = make_model(filled)
+    state = jax.eval_shape(lambda: make_state(filled, model))
+    return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(state.opt_state))
 
 
 # --- widths --------------------------------------------------------------------------

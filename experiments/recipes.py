@@ -62,7 +62,6 @@ def make_soap_spheres(
         config.b1,
         config.b2,
         nesterov=config.nesterov,
-        refresh=config.refresh or "qr",
         basis=config.basis,
         factorized=config.factorized,
         **train_lm.eigenbasis_options(config, mesh),
@@ -110,7 +109,6 @@ def in_eigenbasis(
     return soap_optax.in_eigenbasis(
         inner,
         shampoo_beta=config.b2,
-        refresh=config.refresh or "qr",
         basis=config.basis,
         **train_lm.eigenbasis_options(config, mesh),
     )

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import jax
 import numpy as np
-import recipes  # noqa: F401  The trainer gets to know them.
+import recipes  # noqa: F401  This adds the recipes to the trainer's optimizers.
 from results import Row, run_all
 from train_lm import PRESETS, UNTUNED, Config, train
 
@@ -152,11 +152,10 @@ def neighbours(config: Config, fields: Sequence[str]) -> list[Config]:
 def shifted(config: Config, fields: Sequence[str], by: int) -> Config | None:
     """A configuration some rungs away, or None beyond the end of a ladder.
 
-    Adam's rate is None in it if it is that of all, so that nothing has two names.
+    Adam's rate is None in the result if it is that of all, so that no configuration has
+    two names.
     """
-    values = dataclasses.asdict(config)
-    if config.adam_learning_rate is None:
-        values["adam_learning_rate"] = config.learning_rate
+    values = dataclasses.asdict(config) | {"adam_learning_rate": config.adam_peak}
     for field in fields:
         rung = LADDERS[field].index(values[field]) + by
         if not 0 <= rung < len(LADDERS[field]):

@@ -178,6 +178,11 @@ def test_recipes_train_stacked_layers(optimizer):
     assert last.validation_loss < first.validation_loss < 5.5
 
 
+def test_an_optimizer_without_tuned_settings_needs_its_own():
+    with pytest.raises(ValueError, match="--learning-rate must be given for splus"):
+        Config(optimizer="splus").filled()
+
+
 def test_matrices_on_spheres_keep_their_norms():
     params = {"w": jax.random.normal(jax.random.key(0), (3, 4, 5))}
     tx = recipes.on_spheres(lambda count: 0.1)
