@@ -60,18 +60,24 @@ class Shape:
     layers: int
     vocab: int
     head_dim: int = 64
+    stacked: bool = False
+    """Whether equal parameters of all layers are one, `[layers, …]`."""
 
 
 PRESETS = {
     "tiny": Shape(16, 1, 32, head_dim=8),  # It is for tests.
+    "tiny-stacked": Shape(16, 2, 32, head_dim=8, stacked=True),
     "default": Shape(384, 4, 256),
     "24-layers": Shape(384, 24, 256),
     "768x12": Shape(768, 12, 256),
+    "768x12-stacked": Shape(768, 12, 256, stacked=True),
     "360m": Shape(1024, 24, 32128),
     "660m": Shape(1408, 24, 32128),
 }
 
-soap = functools.partial(soap_optax.soap, 3e-3)
+soap = functools.partial(
+    soap_optax.soap, 3e-3, dimension_numbers=soap_optax.matrices(exclude=("norm",))
+)
 IDENTITY = {"initial_basis": "identity"}  # It leaves eigh out of the program.
 DEFAULT_METHOD = "qr"  # The row "soap" refreshes by it.
 ROWS: dict[str, Callable[[], optax.GradientTransformation]] = {
@@ -86,6 +92,12 @@ ROWS: dict[str, Callable[[], optax.GradientTransformation]] = {
     "identity start": lambda: soap(**IDENTITY),
     "blocks 512": lambda: soap(block_size=512),
     "blocks 256": lambda: soap(block_size=256),
+    **{
+        f"products {precision}": functools.partial(
+            soap, precision=precision, refresh="cholesky_qr", **IDENTITY
+        )
+        for precision in ("highest", "high", "default", "bfloat16")
+    },
     "staggered": lambda: soap(stagger=True),
     "tolerance 0.1": lambda: soap(refresh_tolerance=0.1),
     "one-sided": lambda: soap(one_sided=True),
@@ -143,7 +155,10 @@ def shapes(shape: Shape) -> Tree:
         **{name: (width,) for name in ("attention_norm", "mlp_norm")},
     }
     ends = {"embed": (shape.vocab, width), "unembed": (width, shape.vocab)}
-    return {**ends, "layers": [layer] * shape.layers, "norm": (width,)}
+    layers: Tree = [layer] * shape.layers
+    if shape.stacked:
+        layers = {name: (shape.layers, *of_one) for name, of_one in layer.items()}
+    return {**ends, "layers": layers, "norm": (width,)}
 
 
 def normal(shape: Shape, seed: int) -> Tree:
@@ -185,7 +200,7 @@ def compiled(
 
 @functools.partial(jax.jit, static_argnames="axes")
 def bare_products(gradient: jax.Array, bases: tuple[Any, ...], axes: tuple[int, ...]):
-    """The products of a step with factors along `axes`.
+    """The products of a step with factors along `axes` of the last two.
 
     For a matrix with two factors there are six: two project it, two project back and
     two are the Gram matrices that the factors accumulate.
@@ -194,18 +209,23 @@ def bare_products(gradient: jax.Array, bases: tuple[Any, ...], axes: tuple[int, 
     array = gradient
     for transposed in (True, False):
         for axis, q in zip(axes, bases, strict=True):
-            matrix = q.T if transposed else q
-            array = multiply(matrix, array) if axis == 0 else multiply(array, matrix.T)
-    grams = [multiply(gradient, gradient.T), multiply(gradient.T, gradient)]
+            matrix = q.mT if transposed else q
+            array = multiply(matrix, array) if axis == 0 else multiply(array, matrix.mT)
+    grams = [multiply(gradient, gradient.mT), multiply(gradient.mT, gradient)]
     return array, [grams[axis] for axis in axes]
+
+
+def identities(batch: tuple[int, ...], size: int) -> jax.Array:
+    return jnp.broadcast_to(jnp.eye(size), (*batch, size, size)).copy()
 
 
 def bare_step(shape: Shape, limit: int = 10_000) -> Callable[[], Any]:
     """A program of all bare products of a step, which takes no arguments."""
-    grads = [g for g in jax.tree.leaves(normal(shape, 0)) if g.ndim == 2]
-    axes = [tuple(a for a in range(2) if g.shape[a] <= limit) for g in grads]
+    by_path = jax.tree_util.tree_leaves_with_path(normal(shape, 0))
+    grads = [g for path, g in by_path if "norm" not in jax.tree_util.keystr(path)]
+    axes = [tuple(a for a in range(2) if g.shape[a - 2] <= limit) for g in grads]
     bases = [
-        tuple(jnp.eye(g.shape[a]) for a in ax)
+        tuple(identities(g.shape[:-2], g.shape[a - 2]) for a in ax)
         for g, ax in zip(grads, axes, strict=True)
     ]
     every = jax.jit(
@@ -574,7 +594,7 @@ def ensembles(bench: Bench) -> Iterator[dict[str, Any]]:
     The ways take a cycle of f = 10 steps each in turn.
     """
     for model, sizes in ENSEMBLES.items():
-        tx = soap()
+        tx = soap(dimension_numbers=None)
         ways = {
             "one": tx.update,
             "vmap": jax.vmap(tx.update),

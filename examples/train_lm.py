@@ -594,14 +594,12 @@ def make_optimizer(
     return optax.chain(clip, make_unclipped(config, mesh))
 
 
-def make_schedule(config: Config, peak: float) -> optax.Schedule:
-    return optax.warmup_cosine_decay_schedule(
-        0.0,
-        peak,
-        config.warmup,
-        max(config.steps, config.warmup + 1),
-        end_value=0.1 * peak,
+def make_schedule(config: Config, peak: jax.typing.ArrayLike) -> optax.Schedule:
+    """Warms up to a peak, and decays by a cosine to a tenth of it."""
+    share = optax.warmup_cosine_decay_schedule(
+        0.0, 1.0, config.warmup, max(config.steps, config.warmup + 1), end_value=0.1
     )
+    return lambda count: peak * share(count)
 
 
 def adam_schedule(config: Config) -> optax.Schedule:

@@ -41,7 +41,7 @@ from train_lm import (
     make_state,
     read_tokens,
 )
-from tuning import Config, Curve, base, climb, curves, saved, seeds_of
+from tuning import Config, Seeds, base, climb, curves, mean, saved, with_seeds
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
@@ -88,7 +88,6 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "f=10": {"precondition_frequency": 10},
     "update RMS 0.2": {"update_rms": 0.2},
     "eigh": {"refresh": "eigh"},
-    "Cholesky-QR": {"refresh": "cholesky_qr"},
     "blocks of 64": {"block_size": 64},
     "one-sided, Shampoo's factor": {"one_sided": True, "factors": "shampoo"},
     "factorized": {"factorized": True},
@@ -129,6 +128,8 @@ class Experiment:
     """How many steps the trainings of `efficiency` and `time` have. Settings are sought
     in the first length, and the learning rates anew in the others."""
     seeds: int = 3
+    search_seeds: int = 1
+    """Over how many of the seeds the search for settings takes the mean."""
     curves: Path = Path("runs/language_model")
     out: Path = Path("runs/language_model")
 
@@ -139,12 +140,12 @@ class Experiment:
 @functools.cache
 def tuned(
     experiment: Experiment, steps: int
-) -> tuple[dict[str, Config], list[tuple[str, Curve]]]:
-    """The best configuration of each optimizer for seed 0, and all that were tried.
+) -> tuple[dict[str, Config], list[tuple[str, Seeds]]]:
+    """The best configuration of each optimizer, and all that were tried.
 
     Both learning rates are sought together, then Adam's alone, then that of matrices
-    alone, then b2. In a length that is not the first, only the rates are sought, from
-    those of the first.
+    alone, then b2. In a length that is not the first, the search begins at the best of
+    the first, and ends with Adam's rate.
     """
     first = experiment.lengths[0]
     if steps == first:
@@ -156,18 +157,18 @@ def tuned(
     else:
         starts, _ = tuned(experiment, first)
         best = {label: at_length(config, steps) for label, config in starts.items()}
-        search = [RATES]
-    tried: dict[tuple[str, Config], Curve] = {}
+        search = [RATES, APART[0]]
+    tried: dict[tuple[str, Config], Seeds] = {}
     for fields in search:
         members = {
             label: config
             for label, config in best.items()
             if has_two_rates(config) or fields not in APART
         }
-        found, new = climb(experiment.curves, members, fields)
+        found, new = climb(experiment.curves, members, fields, experiment.search_seeds)
         best |= found
-        tried |= {(label, curve.config): curve for label, curve in new}
-    return best, [(label, curve) for (label, _), curve in tried.items()]
+        tried |= {(label, of_seeds[0].config): of_seeds for label, of_seeds in new}
+    return best, [(label, of_seeds) for (label, _), of_seeds in tried.items()]
 
 
 def at_length(config: Config, steps: int) -> Config:
@@ -194,28 +195,25 @@ def settings(config: Config) -> dict[str, Any]:
     }
 
 
-def trainings(experiment: Experiment, steps: int) -> dict[str, list[Curve]]:
-    """The curves of all seeds by optimizer."""
+def trainings(experiment: Experiment, steps: int) -> dict[str, Seeds]:
+    """The curves of all seeds of each optimizer, with its best settings."""
     best, _ = tuned(experiment, steps)
-    return with_seeds(experiment, best)
-
-
-def with_seeds(
-    experiment: Experiment, configs: dict[Any, Config]
-) -> dict[Any, list[Curve]]:
-    """The curves of all seeds of each configuration."""
-    return {
-        key: seeds_of(experiment.curves, config, experiment.seeds)
-        for key, config in configs.items()
-    }
+    return of_all_seeds(experiment, best)
 
 
 def with_best_rates(
     experiment: Experiment, starts: dict[Any, Config]
-) -> dict[Any, list[Curve]]:
-    """The same, with the best learning rates for seed 0, sought from these starts."""
-    best, _ = climb(experiment.curves, starts, RATES)
-    return with_seeds(experiment, best)
+) -> dict[Any, Seeds]:
+    """The same with the best learning rates, sought from these starts."""
+    best, _ = climb(experiment.curves, starts, RATES, experiment.search_seeds)
+    return of_all_seeds(experiment, best)
+
+
+def of_all_seeds(
+    experiment: Experiment, configs: dict[Any, Config]
+) -> dict[Any, Seeds]:
+    found = with_seeds(experiment.curves, [*configs.values()], experiment.seeds)
+    return dict(zip(configs, found, strict=True))
 
 
 # --- efficiency ----------------------------------------------------------------------
@@ -225,14 +223,7 @@ def efficiency(experiment: Experiment) -> None:
     found = {}
     for steps in experiment.lengths:
         _, tried = tuned(experiment, steps)
-        rows = [
-            {
-                "optimizer": label,
-                **settings(curve.config),
-                "final loss": curve.final,
-            }
-            for label, curve in tried
-        ]
+        rows = [{"optimizer": label, **outcome(of_seeds)} for label, of_seeds in tried]
         report(rows, experiment.out / f"efficiency_{steps}_sweep.csv")
         found[steps] = trainings(experiment, steps)
         rows = [summary(label, found[steps]) for label in found[steps]]
@@ -240,7 +231,7 @@ def efficiency(experiment: Experiment) -> None:
     plot_efficiency(found, experiment.out / "efficiency.png")
 
 
-def summary(label: str, found: dict[str, list[Curve]]) -> dict[str, Any]:
+def summary(label: str, found: dict[str, Seeds]) -> dict[str, Any]:
     """The losses of an optimizer, and the steps it saves over others, mean of seeds."""
     shares = {
         f"fewer steps than {name}": np.mean(saved(found[label], found[name]))
@@ -250,28 +241,28 @@ def summary(label: str, found: dict[str, list[Curve]]) -> dict[str, Any]:
     return {"optimizer": label, **outcome(found[label]), **shares}
 
 
-def outcome(of_seeds: list[Curve]) -> dict[str, Any]:
+def outcome(of_seeds: Seeds) -> dict[str, Any]:
     """The settings that the seeds share, and their final losses."""
     losses = [curve.final for curve in of_seeds]
     return {
         **settings(of_seeds[0].config),
         "seeds": len(losses),
-        "final loss": np.mean(losses),
+        "final loss": mean(of_seeds),
         "lowest": min(losses),
         "highest": max(losses),
     }
 
 
-def plot_efficiency(found: dict[int, dict[str, list[Curve]]], path: Path) -> None:
+def plot_efficiency(found: dict[int, dict[str, Seeds]], path: Path) -> None:
     """Draws the mean loss of the seeds of each optimizer, a panel for each length."""
     figure, panels = plt.subplots(1, len(found), figsize=(5 * len(found), 4))
     for axis, (steps, of_optimizers) in zip(
         np.atleast_1d(panels), found.items(), strict=True
     ):
         for label, of_seeds in of_optimizers.items():
-            mean = np.mean([curve.losses for curve in of_seeds], axis=0)
+            losses = np.mean([curve.losses for curve in of_seeds], axis=0)
             x, color = of_seeds[0].steps, COLORS[label]
-            axis.plot(x, mean, color=color, linewidth=1, label=label)
+            axis.plot(x, losses, color=color, linewidth=1, label=label)
         best = min(curve.final for c in of_optimizers.values() for curve in c)
         axis.set(xlabel=f"steps, of {steps}", ylabel="validation loss (nats per byte)")
         axis.set_ylim(best - 0.05, best + 1)
@@ -323,7 +314,7 @@ def measure_time(experiment: Experiment) -> None:
     report(rows, experiment.out / "time.csv")
 
 
-def less_time(found: list[Curve], others: list[Curve], ratio: float) -> float:
+def less_time(found: Seeds, others: Seeds, ratio: float) -> float:
     return float(np.mean(1 - ratio * (1 - saved(found, others))))
 
 
@@ -362,9 +353,8 @@ def frequency(experiment: Experiment) -> None:
         for (name, count), of_seeds in with_best_rates(experiment, starts).items()
     ]
     report(rows, experiment.out / "frequency.csv")
-    nadamw = seeds_of(experiment.curves, best["NAdamW"], experiment.seeds)
-    baseline = float(np.mean([curve.final for curve in nadamw]))
-    plot_frequency(rows, baseline, experiment.out / "frequency.png")
+    (nadamw,) = of_all_seeds(experiment, {"NAdamW": best["NAdamW"]}).values()
+    plot_frequency(rows, mean(nadamw), experiment.out / "frequency.png")
 
 
 def plot_frequency(rows: list[dict[str, Any]], nadamw: float, path: Path) -> None:

@@ -9,8 +9,10 @@ import dataclasses
 import platform
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import jax
+import members
 import numpy as np
 import recipes  # noqa: F401  This adds the recipes to the trainer's optimizers.
 from results import Row, run_all
@@ -32,6 +34,10 @@ PRESETS |= {
 }
 
 
+# The same step up to round-off: one is fast on a CPU, and one on an accelerator.
+QR = "qr" if jax.default_backend() == "cpu" else "cholesky_qr"
+
+
 def base(steps: int) -> Config:
     """What trainings of a length have in common, unless they differ in it."""
     return Config(
@@ -47,7 +53,7 @@ def base(steps: int) -> Config:
         nesterov=True,
         adam=("embed",),
         diagnose=False,
-        **UNTUNED,
+        **UNTUNED | {"refresh": QR},
     )
 
 
@@ -96,7 +102,9 @@ def name_of(config: Config) -> str:
 
 def of_this_machine(folder: Path) -> Path:
     """The folder within for this Python, whose source files are the data, and JAX."""
-    return folder / f"python_{platform.python_version()}_jax_{jax.__version__}"
+    versions = f"python_{platform.python_version()}_jax_{jax.__version__}"
+    on_cpu = jax.default_backend() == "cpu"
+    return folder / (versions if on_cpu else f"{versions}_{jax.default_backend()}")
 
 
 def curves(folder: Path, configs: Iterable[Config]) -> list[Curve]:
@@ -104,6 +112,8 @@ def curves(folder: Path, configs: Iterable[Config]) -> list[Curve]:
     configs = list(configs)
     folder = of_this_machine(folder)
     jobs = {name_of(config): config for config in configs}
+    if jax.default_backend() != "cpu":
+        members.run_together(jobs, folder)
     tables = run_all(run, jobs, folder)
 
     def column(config, field):
@@ -113,18 +123,30 @@ def curves(folder: Path, configs: Iterable[Config]) -> list[Curve]:
     return [Curve(c, *(column(c, field) for field in fields)) for c in configs]
 
 
+Seeds = list[Curve]
+"""The curves of one configuration for all seeds, beginning with seed 0."""
+
+
+def mean(of_seeds: Seeds) -> float:
+    """The mean of the final losses."""
+    return float(np.mean([curve.final for curve in of_seeds]))
+
+
 def climb(
-    folder: Path, starts: Mapping[str, Config], fields: Sequence[str]
-) -> tuple[dict[str, Config], list[tuple[str, Curve]]]:
-    """Moves settings of each configuration to where a step to either side is worse.
+    folder: Path, starts: Mapping[Any, Config], fields: Sequence[str], seeds: int
+) -> tuple[dict[Any, Config], list[tuple[Any, Seeds]]]:
+    """Moves settings of each configuration to where no step to either side is better.
+
+    A configuration is better than another if the mean of its final losses is lower.
 
     Args:
       folder: of the tables.
       starts: configurations by label.
       fields: the settings that move together, named as in `LADDERS`.
+      seeds: how many seeds the mean is over.
 
     Returns:
-      The best configurations by label, and the curves of all that were tried.
+      The best configurations by label, and all that were tried with their labels.
     """
     best, found = dict(starts), {}
     while True:
@@ -133,14 +155,23 @@ def climb(
             for label, config in best.items()
         }
         pairs = [(label, c) for label, configs in wanted.items() for c in configs]
-        new = curves(folder, [config for _, config in pairs])
+        new = with_seeds(folder, [config for _, config in pairs], seeds)
         found |= dict(zip(pairs, new, strict=True))
         before, best = best, {}
         for label, configs in wanted.items():
-            losses = [found[label, config].final for config in configs]
+            losses = [mean(found[label, config]) for config in configs]
             best[label] = configs[int(np.argmin(losses))]
         if best == before:
-            return best, [(label, curve) for (label, _), curve in found.items()]
+            return best, [(label, of_seeds) for (label, _), of_seeds in found.items()]
+
+
+def with_seeds(folder: Path, configs: Sequence[Config], seeds: int) -> list[Seeds]:
+    """The curves of each configuration, all trained at once."""
+    every = [
+        dataclasses.replace(c, seed=seed) for c in configs for seed in range(seeds)
+    ]
+    found = curves(folder, every)
+    return [found[i : i + seeds] for i in range(0, len(found), seeds)]
 
 
 def neighbours(config: Config, fields: Sequence[str]) -> list[Config]:
@@ -164,11 +195,6 @@ def shifted(config: Config, fields: Sequence[str], by: int) -> Config | None:
     if values["adam_learning_rate"] == values["learning_rate"]:
         values["adam_learning_rate"] = None
     return Config(**values)
-
-
-def seeds_of(folder: Path, config: Config, seeds: int) -> list[Curve]:
-    every = [dataclasses.replace(config, seed=seed) for seed in range(seeds)]
-    return curves(folder, every)
 
 
 def saved(found: Sequence[Curve], others: Sequence[Curve]) -> np.ndarray:

@@ -6,6 +6,7 @@ import math
 
 import jax
 import language_model
+import members
 import numpy as np
 import pytest
 import recipes
@@ -124,23 +125,41 @@ def finished(tmp_path):
 
 def test_a_search_ends_where_both_neighbours_are_worse(finished):
     starts = {"a": BASE, "b": dataclasses.replace(BASE, optimizer="adamw")}
-    best, tried = tuning.climb(finished, starts, ["learning_rate"])
+    best, tried = tuning.climb(finished, starts, ["learning_rate"], seeds=1)
     assert {label: c.learning_rate for label, c in best.items()} == {
         "a": 0.003,
         "b": 0.003,
     }
-    of_a = {c.config.learning_rate for label, c in tried if label == "a"}
+    of_a = {c.config.learning_rate for label, (c,) in tried if label == "a"}
     assert of_a == {0.1, 0.03, 0.01, 0.003, 0.001}
-    assert all(c.config.adam_learning_rate in (None, 0.03) for _, c in tried)
-    best, _ = tuning.climb(finished, best, ["adam_learning_rate"])
+    assert all(c.config.adam_learning_rate in (None, 0.03) for _, (c,) in tried)
+    best, _ = tuning.climb(finished, best, ["adam_learning_rate"], seeds=1)
     assert best["a"].adam_learning_rate == 0.1
 
 
 def test_rates_move_together(finished):
     rates = ("learning_rate", "adam_learning_rate")
-    best, tried = tuning.climb(finished, {"a": BASE}, rates)
+    best, tried = tuning.climb(finished, {"a": BASE}, rates, seeds=1)
     assert best["a"].learning_rate in (0.01, 0.03)
-    assert {c.config.adam_learning_rate for _, c in tried} == {None}
+    assert {c.config.adam_learning_rate for _, (c,) in tried} == {None}
+
+
+def test_a_search_compares_means_over_seeds(tmp_path):
+    folder = tuning.of_this_machine(tmp_path)
+    losses = {0.01: (1.0, 4.0), 0.03: (2.0, 2.0), 0.1: (3.0, 3.0)}
+    for (rate, of_seeds), seed in itertools.product(losses.items(), range(2)):
+        config = dataclasses.replace(BASE, learning_rate=rate, seed=seed)
+        config = dataclasses.replace(config, adam_learning_rate=0.3)
+        row = {"step": 300, "validation_loss": of_seeds[seed]}
+        results.write(folder / f"{tuning.name_of(config)}.csv", [row])
+    start = dataclasses.replace(BASE, learning_rate=0.03, adam_learning_rate=0.3)
+    best, tried = tuning.climb(tmp_path, {"a": start}, ["learning_rate"], seeds=2)
+    assert best == {"a": start}
+    assert [[c.final for c in of_seeds] for _, of_seeds in tried] == [
+        [2.0, 2.0],
+        [1.0, 4.0],
+        [3.0, 3.0],
+    ]
 
 
 @pytest.mark.parametrize("label", language_model.OPTIMIZERS)
@@ -176,6 +195,62 @@ def test_recipes_train_stacked_layers(optimizer):
     )
     first, last = train_lm.train(config)
     assert last.validation_loss < first.validation_loss < 5.5
+
+
+SHORT = Config(
+    optimizer="muon",
+    learning_rate=0.03,
+    b2=0.95,
+    steps=5,
+    warmup=2,
+    batch=4,
+    context=32,
+    eval_every=2,
+    eval_batches=2,
+)
+
+
+def differing(**changes):
+    return [
+        dataclasses.replace(SHORT, **changes),
+        dataclasses.replace(SHORT, seed=1, learning_rate=0.01, **changes),
+        dataclasses.replace(SHORT, seed=1, b2=0.8, **changes),
+    ]
+
+
+@pytest.mark.parametrize(
+    "optimizer", ["adamw", pytest.param("muon", marks=needs_consistent_rms)]
+)
+def test_members_of_a_program_train_as_they_do_alone(optimizer):
+    configs = differing(optimizer=optimizer)
+    together = members.train_together(configs)
+    for config, rows in zip(configs, together, strict=True):
+        alone = tuning.run(config)
+        assert [row["step"] for row in rows] == [2, 4, 5]
+        for field in ("step", "validation_loss"):
+            of_both = ([row[field] for row in table] for table in (rows, alone))
+            np.testing.assert_allclose(*of_both, rtol=1e-4)
+
+
+@needs_consistent_rms
+def test_what_differs_in_numbers_alone_is_trained_in_one_program(tmp_path):
+    configs = [*differing(adam_learning_rate=0.1), *differing(preset="width-64")]
+    jobs = {tuning.name_of(config): config for config in configs}
+    groups = members.groups(jobs, tmp_path)
+    assert [len(group) for group in groups] == [3, 3]
+    results.write(tmp_path / f"{tuning.name_of(configs[0])}.csv", [{"step": 1}])
+    assert [len(group) for group in members.groups(jobs, tmp_path)] == [2, 3]
+
+
+def test_every_member_gets_its_own_table(tmp_path, monkeypatch):
+    monkeypatch.setattr(members, "MEMBERS", 2)
+    jobs = dict(zip("abc", differing(optimizer="adamw"), strict=True))
+    members.train_and_write(jobs, tmp_path)
+    for name, config in jobs.items():
+        *_, last = results.read(tmp_path / f"{name}.csv")
+        *_, alone = tuning.run(config)
+        loss = float(last["validation_loss"])
+        assert loss == pytest.approx(alone["validation_loss"], rel=1e-3)
 
 
 def test_an_optimizer_without_tuned_settings_needs_its_own():

@@ -1,0 +1,31 @@
+#!/bin/sh
+# Makes the language model's tables of docs/results.md on one GPU, in about ten minutes.
+#
+#     experiments/on_gpu.sh CURVES OUT
+#
+# Finished trainings are in CURVES, so that it may be stopped and started again. python3
+# must have soap_optax[experiments] and JAX for the GPU. Several commands run at a time,
+# because compiling takes longer than training; without autotuning it takes seconds.
+set -e
+cd "$(dirname "$0")/.."
+export XLA_PYTHON_CLIENT_PREALLOCATE=false
+export XLA_FLAGS="--xla_gpu_autotune_level=0 --xla_gpu_enable_triton_gemm=false"
+export JAX_COMPILATION_CACHE_DIR="${TMPDIR:-/tmp}/soap_optax_compiled"
+curves=$1
+out=$2
+mkdir -p "$out/two_lengths"
+
+part() {
+	to=$1
+	shift
+	python3 experiments/language_model.py --curves "$curves" --search-seeds 3 \
+		--out "$to" --parts "$@" 2>"$to/$1.log"
+}
+
+part "$out" efficiency --lengths 300
+part "$out/two_lengths" efficiency --lengths 300 1200 --optimizers NAdamW Muon SOAP &
+part "$out" frequency --lengths 300 &
+part "$out" ablations --lengths 300 &
+part "$out" batch_size &
+part "$out" widths &
+wait
