@@ -157,6 +157,9 @@ class Config:
     update_rms: float | None = None
     """The size of SOAP's and Shampoo's updates; `soap_optax.soap` explains it."""
     stagger: bool = False
+    precision: str = "highest"
+    """The precision of the products of SOAP and Shampoo in a step."""
+    refresh_precision: str = "highest"
     rcond: float | None = None
     """The share below which directions are damped as round-off; 0 damps none, and None
     is SOAP's default."""
@@ -627,6 +630,8 @@ def eigenbasis_options(config: Config, mesh: Mesh | None) -> dict[str, Any]:
         "one_sided": config.one_sided,
         "factors": config.factors,
         "stagger": config.stagger,
+        "precision": config.precision,
+        "refresh_precision": config.refresh_precision,
         "dimension_numbers": matrices(config.adam),
         "rcond": config.rcond,
         "params_sharding": mesh and functools.partial(param_shardings, mesh),

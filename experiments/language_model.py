@@ -16,6 +16,7 @@ table and writes it, with a plot, to `--out`:
     batch_size  counts the steps to NAdamW's final loss in batches of different sizes
     ablations   shows what each option of SOAP costs and brings
     widths      shows the best learning rate of models of different widths
+    precisions  shows what products of lower precision cost; it needs an accelerator
 """
 
 import dataclasses
@@ -98,6 +99,16 @@ VARIANTS: dict[str, dict[str, Any]] = {
     },
 }
 OTHERS_WITHOUT_NESTEROV = ("Muon", "Shampoo", "SOAP, f=10")
+PRECISIONS: dict[str, dict[str, Any]] = {
+    "float32": {},
+    "TF32": {"precision": "TF32_TF32_F32"},
+    "TF32 in refreshes, too": dict.fromkeys(
+        ("precision", "refresh_precision"), "TF32_TF32_F32"
+    ),
+    "three terms of bfloat16": {"precision": "BF16_BF16_F32_X3"},
+    "bfloat16": {"precision": "BF16_BF16_F32"},
+}
+PRECISION_OPTIMIZERS = ("SOAP", "SOAP, f=10")
 WIDTHS = {64: "width-64", 128: "tiny", 256: "width-256"}
 WIDTH_STEPS, WIDTH_ADAM_RATE = 120, 1e-2
 WIDTH_RATES = (3e-3, 1e-2, 3e-2, 1e-1, 3e-1)
@@ -462,6 +473,29 @@ def state_bytes(config: Config) -> int:
     return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(state.opt_state))
 
 
+# --- precisions ----------------------------------------------------------------------
+
+
+def precisions(experiment: Experiment) -> None:
+    """Trains with products of lower precision, with the best settings of float32."""
+    if jax.default_backend() == "cpu":
+        sys.exit("error: --parts precisions needs an accelerator, got a CPU")
+    best, _ = tuned(only(experiment, *PRECISION_OPTIMIZERS), experiment.lengths[0])
+    found = of_all_seeds(
+        experiment,
+        {
+            (label, name): dataclasses.replace(config, **changes)
+            for label, config in best.items()
+            for name, changes in PRECISIONS.items()
+        },
+    )
+    rows = [
+        {"optimizer": label, "products": name, **outcome(of_seeds)}
+        for (label, name), of_seeds in found.items()
+    ]
+    report(rows, experiment.out / "precisions.csv")
+
+
 # --- widths --------------------------------------------------------------------------
 
 
@@ -520,6 +554,7 @@ PARTS: dict[str, Callable[[Experiment], None]] = {
     "batch_size": batch_size,
     "ablations": ablations,
     "widths": widths,
+    "precisions": precisions,
 }
 
 

@@ -26,6 +26,7 @@ part "$out" efficiency --lengths 300
 part "$out/two_lengths" efficiency --lengths 300 1200 --optimizers NAdamW Muon SOAP &
 part "$out" frequency --lengths 300 &
 part "$out" ablations --lengths 300 &
+part "$out" precisions --lengths 300 --seeds 6 &
 part "$out" batch_size &
 part "$out" widths &
 wait

@@ -17,7 +17,7 @@ import optax
 
 from soap_optax import _arguments, _kronecker, _moments, _state
 from soap_optax._dtypes import coarsest_eps
-from soap_optax._kronecker import Moments, RoundOff
+from soap_optax._kronecker import BasisChange, Moments, RoundOff
 from soap_optax._moments import Words
 from soap_optax._options import EigenbasisOptions, takes
 from soap_optax._state import EigenbasisState
@@ -415,13 +415,13 @@ class _Update:
         request = RefreshRequest(
             decompose=state.count == 0 if options["initial_basis"] == "eigh" else None,
             tolerance=options["refresh_tolerance"],
-            precision=options["precision"],
+            precision=options["refresh_precision"],
         )
         count = options["precondition_frequency"] if options["stagger"] else None
         method = method_of(options["refresh"])
-        raises = state.count >= _FIRST_RAISE
+        change = BasisChange(state.count >= _FIRST_RAISE, options["precision"])
         return _spread.make_refresh(
-            self.plan.leaves, state.factors, method, request, raises, count
+            self.plan.leaves, state.factors, method, request, change, count
         )
 
     def _of_arrays(self) -> list[tuple[Leaf, jax.Array]]:
@@ -607,9 +607,8 @@ def _derivative(
                 placed,
                 *bases,
                 is_new,
-                refresh.raises,
                 leaf.layout,
-                refresh.request.precision,
+                refresh.change,
             )
             return jax.tree.map(lambda m: _placement.like_parameter(m, leaf), changed)
 

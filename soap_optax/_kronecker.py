@@ -30,6 +30,7 @@ The package `refresh` finds new eigenbases. See "SOAP: Improving and Stabilizing
 using Adam", https://arxiv.org/abs/2409.11321, Algorithms 3 and 4.
 """
 
+import dataclasses
 import functools
 import math
 from collections.abc import Sequence
@@ -329,20 +330,37 @@ class Moments(NamedTuple):
     second: list[Any]
 
 
+@functools.partial(
+    jax.tree_util.register_dataclass,
+    data_fields=["raises"],
+    meta_fields=["precision"],
+)
+@dataclasses.dataclass(frozen=True)
+class BasisChange:
+    """How moments change basis.
+
+    Attributes:
+      raises: whether second moments are raised where a first moment has come into a
+        coordinate that knows nothing of it; see `_raised`.
+      precision: precision of the products that turn first moments.
+    """
+
+    raises: jax.typing.ArrayLike
+    precision: Any = jax.lax.Precision.HIGHEST
+
+
 def change_basis(
     moments: Sequence[Moments],
     old: PerAxis,
     new: PerAxis,
     is_new: PerAxis,
-    raises: jax.typing.ArrayLike,
     layout: Layout,
-    precision: Any,
+    change: BasisChange,
 ) -> tuple[list[Moments], list[jax.Array | None]]:
     """Turns first moments from the eigenbases `old` to the eigenbases `new`.
 
-    Second moments stay in their coordinates. If `raises`, they are raised where a first
-    moment has come into a coordinate that knows nothing of it (see `_raised`). Blocks
-    for which `is_new`, `[grid…]`, is false keep their coordinates exactly.
+    Second moments stay in their coordinates, and may be raised there (`BasisChange`).
+    Blocks for which `is_new`, `[grid…]`, is false keep their coordinates exactly.
 
     Returns:
       The new moments, and `is_new` with false where a block would not stay finite. Such
@@ -358,8 +376,8 @@ def change_basis(
 
     def turn(array: jax.Array) -> jax.Array:
         for q, other, take in turns:
-            turned = project_back(array, q, layout, precision)
-            turned = project(turned, other, layout, precision)
+            turned = project_back(array, q, layout, change.precision)
+            turned = project(turned, other, layout, change.precision)
             array = _where_blocks(take, turned, array, layout)
         return array
 
@@ -368,7 +386,7 @@ def change_basis(
         for pair in zip(group.first, first, strict=True):
             raised = [_raised(square, *pair, layout) for square in raised]
         second = zip(raised, group.second, strict=True)
-        return Moments(first, [jnp.where(raises, *pair) for pair in second])
+        return Moments(first, [jnp.where(change.raises, *pair) for pair in second])
 
     turned = [one(group) for group in moments]
     pairs = list(zip(jax.tree.leaves(moments), jax.tree.leaves(turned), strict=True))

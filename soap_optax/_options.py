@@ -84,6 +84,9 @@ class FamilyOptions(TypedDict, total=False):
         Option(None, _arguments.optional(_arguments.dtype_of_squares)),
     ]
     precision: Annotated[Any, Option(jax.lax.Precision.HIGHEST, _arguments.precision)]
+    refresh_precision: Annotated[
+        Any, Option(jax.lax.Precision.HIGHEST, _arguments.precision)
+    ]
     rcond: Annotated[
         jax.typing.ArrayLike | None,
         Option(None, _arguments.optional(_arguments.number(0, 1))),

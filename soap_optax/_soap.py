@@ -139,8 +139,10 @@ def soap(
       precond_dtype: dtype of the stored factors and eigenbases: bfloat16, float32 or
         float64. None means the dtype of the computation. Factors in bfloat16 are
         rounded up or down in turns, so that they follow slow means, too.
-      precision: precision of the matrix products, as in `jax.numpy.matmul`. Less than
-        the default can make Rayleigh quotients useless.
+      precision: precision of the matrix products of a step, as in `jax.numpy.matmul`:
+        those that project gradients and updates, accumulate factors and change bases.
+      refresh_precision: precision of the products of factors and eigenbases in a
+        refresh. Less than the default can make Rayleigh quotients useless.
       rcond: share of a factor's largest eigenvalue e_max under which a direction counts
         as round-off. The update in a direction of eigenvalue e is multiplied by
         r^2 / (r^2 + rcond^2), where r = e / e_max. None follows the rounding in play:

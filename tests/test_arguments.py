@@ -56,6 +56,7 @@ from soap_optax import DimensionNumbers
         ("clip_update_rms", -1),
         ("clip_update_rms", float("inf")),
         ("precision", "exact"),
+        ("refresh_precision", "exact"),
         ("dimension_numbers", "rows"),
         ("dimension_numbers", 3),
         ("params_sharding", 3),

@@ -10,7 +10,7 @@ import pytest
 import training
 
 import soap_optax
-from soap_optax._kronecker import Moments
+from soap_optax._kronecker import BasisChange, Moments
 from soap_optax.refresh import METHODS, _stacks
 from soap_optax.refresh._clock import Due
 from soap_optax.refresh._methods import RefreshRequest
@@ -301,7 +301,7 @@ def test_what_fails_in_a_batch_stays_and_the_others_go_on(name, slots):
         [None] * 3,
         METHODS[name],
         RefreshRequest(),
-        True,
+        BasisChange(True),
         slots,
     )
     new = refresh.run(jax.tree.map(lambda x: x, bases), Due.between(0, len(slots)))

@@ -63,7 +63,12 @@ def test_accumulate_is_the_mean_of_gram_matrices():
 def change_basis(arrays, old, new, is_new, plan, precision):
     """Turns first moments that have no second moments."""
     (moments,), taken = _kronecker.change_basis(
-        [_kronecker.Moments(arrays, [])], old, new, is_new, TRUE, plan, precision
+        [_kronecker.Moments(arrays, [])],
+        old,
+        new,
+        is_new,
+        plan,
+        _kronecker.BasisChange(TRUE, precision),
     )
     return moments.first, taken
 

@@ -137,11 +137,12 @@ def rounded(array, bits):
     return jax.lax.reduce_precision(array, exponent_bits=8, mantissa_bits=bits)
 
 
+@pytest.mark.parametrize("of_refresh", ["as in the step", "highest"])
 @pytest.mark.parametrize(
     ("precision", "bits"), [("TF32_TF32_F32", 10), ("BF16_BF16_F32", 7)]
 )
 def test_no_steps_into_the_null_space_with_rounded_products(
-    monkeypatch, precision, bits
+    monkeypatch, precision, bits, of_refresh
 ):
     """The products of a CPU are exact, so their operands are rounded here."""
     einsum = jnp.einsum
@@ -154,7 +155,12 @@ def test_no_steps_into_the_null_space_with_rounded_products(
         return einsum(*operands, precision=HIGHEST, **options)
 
     monkeypatch.setattr(jnp, "einsum", of_rounded)
-    low = {"dtype": "float32", "precision": precision}
+    of_refresh = "highest" if of_refresh == "highest" else precision
+    low = {
+        "dtype": "float32",
+        "precision": precision,
+        "refresh_precision": of_refresh,
+    }
     assert np.median(reliability.null_shares(64, 4, 1, None, **low)) <= 0.005
     assert np.median(reliability.null_shares(64, 4, 1, 0, **low)) > 0.5
 

@@ -100,6 +100,7 @@ MASKS = {"mask": st.sampled_from([None, only_matrices])}
 STRATEGIES = {**PROGRAM, **LAYOUT, **DTYPES, **NUMBERS, **SCALES, **MASKS}
 NOT_DRAWN = {
     "precision": "The products of a CPU are as precise whatever it says.",
+    "refresh_precision": "The products of a CPU are as precise whatever it says.",
     "params_sharding": "It needs a mesh, see test_sharding.py.",
 }
 SEEDS = st.integers(0, 2**31)

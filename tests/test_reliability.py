@@ -190,7 +190,7 @@ def test_raised_second_moments():
 
     def change(raises):
         (turned,), _ = _kronecker.change_basis(
-            moments, old, new, take, raises, layout, "highest"
+            moments, old, new, take, layout, _kronecker.BasisChange(raises)
         )
         return turned
 

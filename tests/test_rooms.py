@@ -43,6 +43,7 @@ ROOMS = {
         "refresh._methods",
     },
     "mesh._spread": {
+        "_kronecker",
         "mesh._mesh",
         "mesh._placement",
         "parameters._layout",

@@ -363,7 +363,7 @@ class Tape:
             every = jax.tree.map(lambda q: jnp.ones(q.shape[:-2], bool), old)
             layout = leaves[i].layout
             return _kronecker.change_basis(
-                moments, old, new, every, refresh.raises, layout, "highest"
+                moments, old, new, every, layout, refresh.change
             )[0]
 
         def renewed(before, after, now):

@@ -22,6 +22,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from soap_optax._kronecker import BasisChange
 from soap_optax.mesh import _mesh, _placement
 from soap_optax.parameters._layout import layout_of_factors
 from soap_optax.parameters._tree import Leaf
@@ -40,7 +41,7 @@ def make_refresh(
     factors: Sequence[Any],
     method: RefreshMethod,
     request: RefreshRequest,
-    raises: jax.typing.ArrayLike,
+    change: BasisChange,
     count: int | None,
 ) -> "Refresh | SpreadRefresh":
     """Plans a refresh of all parameters, on their mesh if their shardings are known.
@@ -50,14 +51,14 @@ def make_refresh(
       factors: a list per parameter, with an array `[grid…, b, b]` or None per axis.
       method: method by which eigenbases are refreshed.
       request: what is asked of the method.
-      raises: whether second moments may be raised; see `_kronecker.change_basis`.
+      change: how moments change basis.
       count: largest number of slots, or None; see `_stacks.make_slots`.
     """
     if any(leaf.sharding is None for leaf in leaves) or not leaves:
         layouts = tuple(leaf.layout for leaf in leaves)
         slots = _stacks.make_slots(factors, count)
         wanted = [None] * len(leaves)
-        return Refresh(layouts, factors, wanted, method, request, raises, slots)
+        return Refresh(layouts, factors, wanted, method, request, change, slots)
     with_factors = [i for i, leaf in enumerate(leaves) if leaf.layout.has_factors]
     aligned = [i for i in with_factors if _placement.is_aligned(leaves[i])]
     others = [i for i in with_factors if i not in aligned]
@@ -67,7 +68,7 @@ def make_refresh(
     else:  # Slots decide what is refreshed when, so they must not depend on the mesh.
         slots = _stacks.make_slots(factors, count)
     return SpreadRefresh(
-        tuple(leaves), factors, method, request, raises, tuple(aligned), slots
+        tuple(leaves), factors, method, request, change, tuple(aligned), slots
     )
 
 
@@ -198,7 +199,7 @@ class _Exchange:
 
 @functools.partial(
     jax.tree_util.register_dataclass,
-    data_fields=["factors", "request", "raises"],
+    data_fields=["factors", "request", "change"],
     meta_fields=["leaves", "method", "aligned", "slots"],
 )
 @dataclasses.dataclass(frozen=True)
@@ -210,7 +211,7 @@ class SpreadRefresh:
       factors: a list per parameter, with an array `[grid…, b, b]` or None per axis.
       method: method by which eigenbases are refreshed.
       request: what is asked of the method.
-      raises: whether second moments may be raised; see `_kronecker.change_basis`.
+      change: how moments change basis.
       aligned: numbers of the aligned parameters.
       slots: for each slot, the numbers of its parameters.
     """
@@ -219,7 +220,7 @@ class SpreadRefresh:
     factors: Sequence[Any]
     method: RefreshMethod
     request: RefreshRequest
-    raises: jax.typing.ArrayLike
+    change: BasisChange
     aligned: tuple[int, ...]
     slots: tuple[tuple[int, ...], ...]
 
@@ -256,8 +257,9 @@ class SpreadRefresh:
             in_specs=(*[jax.P()] * 3, specs.eigenbases, specs),
             out_specs=specs,
         )
-        raises = jnp.asarray(self.raises)
-        new = refresh(due, self.request, raises, list(self.factors), local)
+        raises = jnp.asarray(self.change.raises)
+        change = dataclasses.replace(self.change, raises=raises)
+        new = refresh(due, self.request, change, list(self.factors), local)
         moments = list(bases.moments)
         for i in self.aligned:
             moments[i] = new.moments[i]
@@ -274,7 +276,7 @@ class SpreadRefresh:
         self,
         due: Due,
         request: RefreshRequest,
-        raises: jax.Array,
+        change: BasisChange,
         factors: list[Any],
         bases: Bases,
     ) -> Bases:
@@ -300,7 +302,7 @@ class SpreadRefresh:
             [None] * len(self.aligned) + [e.is_filled() for e in self.exchanges],
             self.method,
             request,
-            raises,
+            change,
             self._slots_on_device(),
         )
         mine = refresh.run(mine, due)
@@ -351,8 +353,7 @@ class SpreadRefresh:
                 leaf.layout,
                 before._replace(moments=whole),
                 is_due,
-                self.raises,
-                self.request.precision,
+                self.change,
             )
             moments = jax.tree.map(
                 lambda moment: _placement.like_parameter(moment, leaf), adopted.moments

@@ -31,6 +31,7 @@ import numpy as np
 
 from soap_optax import _kronecker
 from soap_optax._dtypes import at_least_float32
+from soap_optax._kronecker import BasisChange
 from soap_optax.mesh import _mesh
 from soap_optax.parameters._layout import Layout
 from soap_optax.refresh import _members
@@ -163,7 +164,7 @@ class Stack:
 
 @functools.partial(
     jax.tree_util.register_dataclass,
-    data_fields=["factors", "wanted", "request", "raises"],
+    data_fields=["factors", "wanted", "request", "change"],
     meta_fields=["layouts", "method", "slots"],
 )
 @dataclasses.dataclass(frozen=True)
@@ -179,7 +180,7 @@ class Refresh:
         if all are.
       method: method by which eigenbases are refreshed.
       request: what is asked of the method.
-      raises: whether second moments may be raised; see `_kronecker.change_basis`.
+      change: how moments change basis.
       slots: for each slot, the numbers of its parameters; see `make_slots`.
     """
 
@@ -188,7 +189,7 @@ class Refresh:
     wanted: Sequence[jax.Array | None]
     method: RefreshMethod
     request: RefreshRequest
-    raises: jax.typing.ArrayLike
+    change: BasisChange
     slots: tuple[tuple[int, ...], ...]
 
     def run(self, bases: Bases, due: Due) -> Bases:
@@ -274,16 +275,7 @@ class Refresh:
             old = Bases(*of_leaf)
             pairs = zip(self.factors[i], old.eigenbases, strict=True)
             found = [one((i, axis), *pair) for axis, pair in enumerate(pairs)]
-            adopted.append(
-                adopt(
-                    found,
-                    self.layouts[i],
-                    old,
-                    is_due,
-                    self.raises,
-                    self.request.precision,
-                )
-            )
+            adopted.append(adopt(found, self.layouts[i], old, is_due, self.change))
         return Bases(*map(list, zip(*adopted, strict=True)))
 
 
@@ -373,8 +365,7 @@ def adopt(
     layout: Layout,
     old: Bases,
     is_due: jax.Array,
-    raises: jax.typing.ArrayLike,
-    precision: Any,
+    change: BasisChange,
 ) -> Bases:
     """Replaces the eigenbases of one parameter by the new ones, where these are new.
 
@@ -383,8 +374,7 @@ def adopt(
       layout: layout of the parameter.
       old: bases of the parameter, that is, its entry in each list of `Bases`.
       is_due: whether the parameter is due. If not, nothing in `new` is new.
-      raises: whether second moments may be raised; see `_kronecker.change_basis`.
-      precision: precision of the matrix products that change first moments.
+      change: how moments change basis.
 
     Returns:
       The new bases of the parameter.
@@ -394,9 +384,8 @@ def adopt(
         old.eigenbases,
         [None if n is None else n.eigenbases for n in new],
         [None if n is None else n.is_new for n in new],
-        raises,
         layout,
-        precision,
+        change,
     )
     entries = zip(
         new, is_new, old.eigenbases, old.eigenvalues, old.skipped, strict=True
