@@ -211,6 +211,7 @@ def test_public_names():
         "RefreshRequest",
         "Refreshed",
         "ShampooState",
+        "Subspace",
         "diagnostics",
         "in_eigenbasis",
         "matrices",

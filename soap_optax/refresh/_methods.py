@@ -11,6 +11,7 @@ class and enter it in `METHODS`.
 import abc
 import dataclasses
 import functools
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -118,7 +119,11 @@ class QR(RefreshMethod):
         wanted: jax.Array,
         request: RefreshRequest,
     ) -> Refreshed:
-        return _by_power_step(_householder, factors, eigenbases, wanted, request)
+        return _by_power_step(self.orthonormalize, factors, eigenbases, wanted, request)
+
+    def orthonormalize(self, rows: jax.Array, to_do: jax.Array) -> "_Orthonormal":
+        """Makes each row orthogonal to the rows before it, and of length 1."""
+        return _householder(rows, to_do)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -143,10 +148,11 @@ class CholeskyQR(RefreshMethod):
         wanted: jax.Array,
         request: RefreshRequest,
     ) -> Refreshed:
-        def orthonormalize(rows: jax.Array, to_do: jax.Array) -> _Orthonormal:
-            return _cholesky_or_householder(rows, to_do, self.passes)
+        return _by_power_step(self.orthonormalize, factors, eigenbases, wanted, request)
 
-        return _by_power_step(orthonormalize, factors, eigenbases, wanted, request)
+    def orthonormalize(self, rows: jax.Array, to_do: jax.Array) -> "_Orthonormal":
+        """Makes each row orthogonal to the rows before it, and of length 1."""
+        return _cholesky_or_householder(rows, to_do, self.passes)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -162,6 +168,62 @@ class Eigh(RefreshMethod):
     ) -> Refreshed:
         request = dataclasses.replace(request, decompose=True)
         return _by_power_step(_householder, factors, eigenbases, wanted, request)
+
+
+@dataclasses.dataclass(frozen=True)
+class Subspace(RefreshMethod):
+    """The step of another method within the span of a part of the eigenvectors.
+
+    Of an eigenbasis Q the columns Q_S are refreshed along which the coordinates of the
+    gradient have become most correlated with one another, as the entries of Q^T M Q
+    beside the diagonal tell. They become Q_S U, where U refreshes the identity for the
+    small matrix Q_S^T M Q_S. Columns that are not chosen stay, and are chosen later.
+    Source of the idea: arXiv 2605.26327.
+
+    The first step decomposes the whole factor, unless `initial_basis="identity"`.
+
+    Attributes:
+      fraction: share of the columns that a refresh turns, in (0, 1]. With 1 the result
+        is that of `method`.
+      method: `QR()` or `CholeskyQR()`, which refresh the small matrices.
+    """
+
+    fraction: float = 0.5
+    method: QR | CholeskyQR = QR()
+
+    def __post_init__(self) -> None:
+        rule = "a number above 0 and at most 1"
+        is_share = isinstance(self.fraction, (int, float)) and 0 < self.fraction <= 1
+        _arguments.require("fraction", self.fraction, rule, is_share)
+        is_known = isinstance(self.method, (QR, CholeskyQR))
+        rule = "soap_optax.QR() or soap_optax.CholeskyQR()"
+        _arguments.require("method", self.method, rule, is_known)
+
+    def refresh(
+        self,
+        factors: jax.Array,
+        eigenbases: jax.Array,
+        wanted: jax.Array,
+        request: RefreshRequest,
+    ) -> Refreshed:
+        size, decompose = factors.shape[-1], request.decompose
+        count = math.ceil(self.fraction * size)
+        if count == size or decompose is True:
+            return self.method.refresh(factors, eigenbases, wanted, request)
+        first = dataclasses.replace(request, decompose=True)
+        later = dataclasses.replace(request, decompose=None)
+
+        def whole(*of_factors: jax.Array) -> Refreshed:
+            factors, eigenbases, wanted = of_factors
+            return self.method.refresh(factors, eigenbases, wanted, first)
+
+        def part(*of_factors: jax.Array) -> Refreshed:
+            orthonormalize = self.method.orthonormalize
+            return _by_subspace_step(orthonormalize, count, later, *of_factors)
+
+        if decompose is None:
+            return part(factors, eigenbases, wanted)
+        return jax.lax.cond(decompose, whole, part, factors, eigenbases, wanted)
 
 
 METHODS: dict[str, RefreshMethod] = {
@@ -318,6 +380,81 @@ def _by_power_step(
     if request.tolerance is None:
         return finish()
     return jax.lax.cond(jnp.any(to_do), finish, keep)
+
+
+def _by_subspace_step(
+    orthonormalize: Callable[[jax.Array, jax.Array], _Orthonormal],
+    count: int,
+    request: RefreshRequest,
+    factors: jax.Array,
+    eigenbases: jax.Array,
+    wanted: jax.Array,
+) -> Refreshed:
+    """Takes a power step within the span of `count` columns of each eigenbasis.
+
+    All is in coordinates of the eigenbasis Q: the rows of the power step M Q are there
+    those of Q^T M Q, of which the rows and columns of the subspace are taken.
+    """
+    step = power_step(factors, eigenbases, request.precision)
+    to_do = wanted
+    if request.tolerance is not None:
+        to_do = wanted & ~(step.off_diagonal <= request.tolerance)
+    is_kept = wanted & ~to_do
+    basis = at_least_float32(eigenbases)
+    inside = jnp.matmul(step.rows, basis, precision=request.precision)
+    order = _most_correlated_first(step, inside, count)
+    place = jnp.argsort(order, axis=-1)
+    rows = _take_rows(_transposed(basis), order)
+    inside = _take_rows(_transposed(_take_rows(inside, order[..., :count])), order)
+    turn, sizes = orthonormalize(_transposed(inside[..., :count, :]), to_do)
+    chosen = rows[..., :count, :]
+    # Many turns in succession would add up their round-off. A step of Newton and
+    # Schulz's iteration takes out what is not orthonormal among the chosen rows.
+    gram = jnp.matmul(chosen, _transposed(chosen), precision="highest")
+    turn = 1.5 * turn - 0.5 * jnp.matmul(turn, gram, precision="highest")
+    chosen = jnp.matmul(turn, chosen, precision="highest")
+    rows = _take_rows(jnp.concatenate([chosen, rows[..., count:, :]], -2), place)
+    old = jnp.take_along_axis(step.quotients, order, axis=-1)
+    is_null = (old[..., :count] <= 0) | (sizes <= step.null_share)
+    sizes = jnp.where(is_null, 0, sizes)
+    values = jnp.concatenate([sizes, old[..., count:]], axis=-1)
+    values = jnp.take_along_axis(values, place, axis=-1)
+    values = jnp.where(to_do[..., None], values, step.quotients) * step.largest
+    is_new = to_do & is_orthonormal(rows)
+    return Refreshed(_transposed(rows), values, is_new, is_kept)
+
+
+def _most_correlated_first(step: PowerStep, inside: jax.Array, count: int) -> jax.Array:
+    """Orders columns so that `count` that are correlated with one another come first.
+
+    The entry of Q^T M Q for the columns i and j, over the root of the product of their
+    Rayleigh quotients, is the correlation of these coordinates of the gradient, which
+    a refresh is there to take away. With the squares of all correlations in a matrix C,
+    the columns are compared by the entries of C^4 1. They are large where columns are
+    correlated with columns that are correlated with others, so that both columns of a
+    pair are chosen. Those that come first are in the order of descending quotients, as
+    the orthonormalization needs them.
+
+    Args:
+      step: power step.
+      inside: Q^T M Q over the largest quotient, `[..., b, b]`.
+      count: how many columns there are to choose.
+
+    Returns:
+      The numbers of the columns, `[..., b]`.
+    """
+    quotients = step.quotients
+    scale = jnp.where(quotients > 0, jax.lax.rsqrt(jnp.maximum(quotients, 1e-37)), 0)
+    squares = jnp.square(inside * scale[..., None] * scale[..., None, :])
+    is_diagonal = jnp.eye(inside.shape[-1], dtype=bool)
+    squares = jnp.where(is_diagonal, 0, squares)
+    scores = jnp.ones_like(quotients)
+    for _ in range(4):
+        scores = jnp.einsum("...ij,...j->...i", squares, scores, precision="highest")
+        largest = jnp.max(scores, axis=-1, keepdims=True)
+        scores = scores / jnp.where(largest > 0, largest, 1)
+    rank = jnp.argsort(jnp.argsort(scores, axis=-1, descending=True), axis=-1)
+    return jnp.lexsort((-quotients, rank >= count))
 
 
 def _ranked(
