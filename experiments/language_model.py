@@ -80,25 +80,35 @@ FREQUENCY_OPTIMIZERS = {"SOAP": "SOAP, f=10", "Shampoo": "Shampoo"}
 """Names without a frequency, and the labels of the settings to start from."""
 BATCHES = (32, 128, 512)
 BATCH_OPTIMIZERS = ("AdamW", "NAdamW", "SOAP")
-VARIANTS: dict[str, dict[str, Any]] = {
-    "SOAP": {},
-    "without Nesterov": {"nesterov": False},
-    "embedding and head in eigenbases": {"adam": ()},
-    "Shampoo's factors": {"factors": "shampoo"},
-    "previous basis": {"basis": "previous"},
-    "f=10": {"precondition_frequency": 10},
-    "update RMS 0.2": {"update_rms": 0.2},
-    "eigh": {"refresh": "eigh"},
-    "blocks of 64": {"block_size": 64},
-    "one-sided, Shampoo's factor": {"one_sided": True, "factors": "shampoo"},
-    "factorized": {"factorized": True},
-    "one-sided, Shampoo's factor, factorized": {
-        "one_sided": True,
-        "factorized": True,
-        "factors": "shampoo",
+_ONE_SIDED = {"one_sided": True, "factors": "shampoo"}
+VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
+    "SOAP": ("SOAP", {}),
+    "without Nesterov": ("SOAP", {"nesterov": False}),
+    "embedding and head in eigenbases": ("SOAP", {"adam": ()}),
+    "Shampoo's factors": ("SOAP", {"factors": "shampoo"}),
+    "previous basis": ("SOAP", {"basis": "previous"}),
+    "f=10": ("SOAP", {"precondition_frequency": 10}),
+    "half of the columns": ("SOAP", {"columns": 1 / 2}),
+    "a quarter of the columns": ("SOAP", {"columns": 1 / 4}),
+    "update RMS 0.2": ("SOAP", {"update_rms": 0.2}),
+    "eigh": ("SOAP", {"refresh": "eigh"}),
+    "blocks of 64": ("SOAP", {"block_size": 64}),
+    "one-sided, Shampoo's factor": ("SOAP", _ONE_SIDED),
+    "factorized": ("SOAP", {"factorized": True}),
+    "one-sided, Shampoo's factor, factorized": (
+        "SOAP",
+        {"factorized": True, **_ONE_SIDED},
+    ),
+    **{
+        label if has_nesterov else f"{label}, without Nesterov": (
+            label,
+            {"nesterov": has_nesterov},
+        )
+        for label in ("Muon", "Shampoo", "SOAP, f=10")
+        for has_nesterov in (True, False)
     },
 }
-OTHERS_WITHOUT_NESTEROV = ("Muon", "Shampoo", "SOAP, f=10")
+"""The optimizer from whose best settings a variant starts, and its changes."""
 PRECISIONS: dict[str, dict[str, Any]] = {
     "float32": {},
     "TF32": {"precision": "TF32_TF32_F32"},
@@ -138,6 +148,8 @@ class Experiment:
     lengths: tuple[int, ...] = (300, 1200)
     """How many steps the trainings of `efficiency` and `time` have. Settings are sought
     in the first length, and the learning rates anew in the others."""
+    variants: tuple[str, ...] = tuple(VARIANTS)
+    """Which variants `ablations` has."""
     seeds: int = 3
     search_seeds: int = 1
     """Over how many of the seeds the search for settings takes the mean."""
@@ -444,17 +456,14 @@ def plot_batch_size(rows: list[dict[str, Any]], path: Path) -> None:
 
 
 def ablations(experiment: Experiment) -> None:
-    """Changes SOAP, and Nesterov in the others, with the best rates of each variant."""
-    experiment = only(experiment, "SOAP", *OTHERS_WITHOUT_NESTEROV)
+    """Changes one option at a time, with the best rates of each variant."""
+    variants = {label: VARIANTS[label] for label in experiment.variants}
+    experiment = only(experiment, *(optimizer for optimizer, _ in variants.values()))
     best, _ = tuned(experiment, experiment.lengths[0])
     starts = {
-        label: dataclasses.replace(best["SOAP"], **changes)
-        for label, changes in VARIANTS.items()
+        label: dataclasses.replace(best[optimizer], **changes)
+        for label, (optimizer, changes) in variants.items()
     }
-    for label in OTHERS_WITHOUT_NESTEROV:
-        starts[label] = best[label]
-        without = dataclasses.replace(best[label], nesterov=False)
-        starts[f"{label}, without Nesterov"] = without
     rows = [
         {
             "variant": label,
@@ -561,6 +570,7 @@ PARTS: dict[str, Callable[[Experiment], None]] = {
 def main(experiment: Experiment) -> None:
     require_known("parts", experiment.parts, PARTS)
     require_known("optimizers", experiment.optimizers, OPTIMIZERS)
+    require_known("variants", experiment.variants, VARIANTS)
     for part in experiment.parts:
         print(f"\n{part}")
         PARTS[part](experiment)

@@ -10,6 +10,7 @@ import concurrent.futures
 import dataclasses
 import functools
 import multiprocessing
+import os
 import sys
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
@@ -19,7 +20,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-import recipes  # noqa: F401  A process of its own needs the optimizers, too.
+import recipes  # noqa: F401  This adds optimizers and models to the trainer.
 from results import Row, write
 from train_lm import (
     Config,
@@ -33,6 +34,8 @@ from train_lm import (
     train_step,
 )
 
+# Several processes share an accelerator, so that none may take all of its memory.
+os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
 NUMBERS = {"seed": 0, "learning_rate": 1.0, "adam_learning_rate": None, "b2": 0.5}
 """Settings that may differ between the members, with values that stand for them all."""
 MEMBERS = 9
@@ -78,11 +81,15 @@ def without_numbers(config: Config) -> Config:
 
 
 def train_and_write(group: Mapping[str, Config], folder: Path) -> None:
-    """Trains a group, as many at a time as a program has members."""
+    """Trains a group, as many at a time as a program has members.
+
+    Tables that another command has written meanwhile are written once more.
+    """
     names, configs = [*group], [*group.values()]
     for i in range(0, len(configs), MEMBERS):
         members = configs[i : i + MEMBERS]
-        spare = MEMBERS - len(members)  # So that one program serves all of a group.
+        # A later round of a search, which has fewer members, finds a program compiled.
+        spare = MEMBERS - len(members)
         tables = train_together([*members, *[members[-1]] * spare])
         for name, rows in zip(names[i : i + MEMBERS], tables, strict=False):
             write(folder / f"{name}.csv", rows)

@@ -7,12 +7,11 @@
 # must have soap_optax[experiments] and JAX for the GPU. Several commands run at a time,
 # because compiling takes longer than training; without autotuning it takes seconds.
 set -e
+curves=$(realpath "${1:?the folder of finished trainings is missing}")
+out=$(realpath "${2:?the folder of tables and plots is missing}")
 cd "$(dirname "$0")/.."
-export XLA_PYTHON_CLIENT_PREALLOCATE=false
 export XLA_FLAGS="--xla_gpu_autotune_level=0 --xla_gpu_enable_triton_gemm=false"
 export JAX_COMPILATION_CACHE_DIR="${TMPDIR:-/tmp}/soap_optax_compiled"
-curves=$1
-out=$2
 mkdir -p "$out/two_lengths"
 
 part() {
@@ -24,9 +23,16 @@ part() {
 
 part "$out" efficiency --lengths 300
 part "$out/two_lengths" efficiency --lengths 300 1200 --optimizers NAdamW Muon SOAP &
-part "$out" frequency --lengths 300 &
-part "$out" ablations --lengths 300 &
+running=$!
+for name in frequency ablations batch_size widths; do
+	part "$out" $name &
+	running="$running $!"
+done
 part "$out" precisions --lengths 300 --seeds 6 &
-part "$out" batch_size &
-part "$out" widths &
-wait
+running="$running $!"
+failed=0
+for process in $running; do
+	wait "$process" || failed=1
+done
+[ $failed = 0 ] || echo "error: a part failed, see the logs in $out" >&2
+exit $failed

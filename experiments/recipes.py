@@ -1,8 +1,10 @@
-"""Optimizers of docs/recipes.md that are made of several transformations.
+"""Optimizers of docs/recipes.md that are made of several transformations, and models.
 
-Whoever imports this module can train with them: `train_lm.OPTIMIZERS` has their names.
+Whoever imports this module can train with them: their names are in
+`train_lm.OPTIMIZERS` and in `train_lm.PRESETS`.
 """
 
+import dataclasses
 from typing import NamedTuple
 
 import jax
@@ -130,6 +132,11 @@ def beside_adam(
     return optax.partition({"matrix": of_matrices, "adam": rest}, labels)
 
 
+# The tiny preset in other widths.
+train_lm.PRESETS |= {
+    f"width-{width}": dataclasses.replace(train_lm.PRESETS["tiny"], width=width)
+    for width in (64, 256)
+}
 train_lm.OPTIMIZERS |= {
     "soap_muon": make_soap_muon,
     "splus": make_splus,

@@ -40,7 +40,7 @@ def write(path: Path, rows: list[Row]) -> None:
     """Writes a table all at once, so that a file that is there is whole."""
     path.parent.mkdir(parents=True, exist_ok=True)
     fields = list(dict.fromkeys(key for row in rows for key in row))
-    draft = path.with_suffix(".part")
+    draft = path.with_suffix(f".{os.getpid()}.part")  # Other commands may write it.
     with draft.open("w", newline="") as file:
         writer = csv.DictWriter(file, fields)
         writer.writeheader()
@@ -116,4 +116,5 @@ def _stay_on(cores: Any) -> None:
 
 
 def _run(function: Callable[[Any], list[Row]], job: Any, path: Path) -> None:
-    write(path, function(job))
+    if not path.exists():  # Another command may have run it meanwhile.
+        write(path, function(job))

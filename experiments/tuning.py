@@ -14,9 +14,9 @@ from typing import Any
 import jax
 import members
 import numpy as np
-import recipes  # noqa: F401  This adds the recipes to the trainer's optimizers.
+import recipes  # noqa: F401  This adds optimizers and models to the trainer.
 from results import Row, run_all
-from train_lm import PRESETS, UNTUNED, Config, train
+from train_lm import UNTUNED, Config, train
 
 HALF_DECADES = (1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1, 1.0, 3.0)
 LADDERS: dict[str, Sequence[float]] = {
@@ -25,13 +25,6 @@ LADDERS: dict[str, Sequence[float]] = {
     "b2": (0.8, 0.9, 0.95, 0.98, 0.99, 0.995, 0.999),
 }
 """The values of each setting."""
-
-
-# The tiny preset in other widths.
-PRESETS |= {
-    f"width-{width}": dataclasses.replace(PRESETS["tiny"], width=width)
-    for width in (64, 256)
-}
 
 
 # The same step up to round-off: one is fast on a CPU, and one on an accelerator.

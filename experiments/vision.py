@@ -43,7 +43,11 @@ OPTIMIZERS: dict[str, Callable[..., optax.GradientTransformation]] = {
     "SOAP, merged axes": merged,
     "SOAP, merged axes, blocks of 96": functools.partial(merged, block_size=96),
     "SOAP, merged axes, recipe": functools.partial(
-        merged, nesterov=True, basis="current", factors="kl"
+        merged,
+        nesterov=True,
+        precondition_frequency=1,
+        basis="current",
+        factors="kl",
     ),
 }
 COLORS = ("C7", "C5", "C3", "C0", "C2", "C1")

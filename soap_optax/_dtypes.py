@@ -1,6 +1,7 @@
 """The floating-point dtypes in which the library computes, and their round-off."""
 
 import functools
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -35,13 +36,13 @@ def at_least_float32(array: jax.Array) -> jax.Array:
     return array.astype(widest(jnp.float32, array.dtype))
 
 
-def coarsest_eps(*dtypes: Any, precision: Any) -> Any:
+def coarsest_eps(*dtypes: Any, precisions: Sequence[Any]) -> Any:
     """The machine epsilon of the coarsest rounding in play.
 
     Args:
       *dtypes: dtypes to which arrays are rounded. Float16 counts as bfloat16, because
         numbers below 6e-5 have as few digits there.
-      precision: precision of the products of these arrays, as in `jax.numpy.matmul`.
+      precisions: precisions of the products of these arrays, as in `jax.numpy.matmul`.
 
     Returns:
       A number, or a scalar array where it depends on the platform that computes.
@@ -49,11 +50,16 @@ def coarsest_eps(*dtypes: Any, precision: Any) -> Any:
     has_float16 = any(dtype == jnp.float16 for dtype in dtypes)
     least = _BFLOAT16 if has_float16 else 0.0
     eps = max(least, *(float(jnp.finfo(dtype).eps) for dtype in dtypes))
-    of_platform = _eps_of_operands(widest(jnp.float32, *dtypes), precision)
-    finer = {name: max(eps, other) for name, other in of_platform.items()}
-    if len({*finer.values()}) == 1:
-        return finer["default"]
-    return _of_platform(tuple(finer.items()))
+    dtype = widest(jnp.float32, *dtypes)
+    of_products = [_eps_of_operands(dtype, precision) for precision in precisions]
+    names = dict.fromkeys(name for of_one in of_products for name in of_one)
+    of_platform = {
+        name: max(eps, *(of_one.get(name, of_one["default"]) for of_one in of_products))
+        for name in names
+    }
+    if len({*of_platform.values()}) == 1:
+        return of_platform["default"]
+    return _of_platform(tuple(of_platform.items()))
 
 
 @functools.partial(jax.jit, static_argnums=0, inline=True)

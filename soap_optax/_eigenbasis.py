@@ -508,7 +508,10 @@ class _Update:
     def _eps(self, leaf: Leaf, *arrays: jax.Array | None) -> Any:
         """The machine epsilon of the coarsest rounding of arrays and their products."""
         dtypes = [leaf.dtype, *(array.dtype for array in arrays if array is not None)]
-        return coarsest_eps(*dtypes, precision=self.options["precision"])
+        return coarsest_eps(
+            *dtypes,
+            precisions=[self.options["precision"], self.options["refresh_precision"]],
+        )
 
     def _round_off(self, leaf: Leaf, gradient: jax.Array, eigenbases: Any) -> RoundOff:
         """Which eigenvalues count as round-off; factors have the bases' dtypes."""

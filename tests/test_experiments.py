@@ -219,17 +219,24 @@ def differing(**changes):
 
 
 @pytest.mark.parametrize(
-    "optimizer", ["adamw", pytest.param("muon", marks=needs_consistent_rms)]
+    "changes",
+    [
+        {"optimizer": "adamw"},
+        pytest.param({"optimizer": "muon"}, marks=needs_consistent_rms),
+        # In larger blocks round-off decides which directions without gradient are kept.
+        {"optimizer": "soap", "block_size": 8, "precondition_frequency": 2},
+    ],
+    ids=str,
 )
-def test_members_of_a_program_train_as_they_do_alone(optimizer):
-    configs = differing(optimizer=optimizer)
+def test_members_of_a_program_train_as_they_do_alone(changes):
+    configs = differing(**changes)
     together = members.train_together(configs)
     for config, rows in zip(configs, together, strict=True):
         alone = tuning.run(config)
         assert [row["step"] for row in rows] == [2, 4, 5]
         for field in ("step", "validation_loss"):
             of_both = ([row[field] for row in table] for table in (rows, alone))
-            np.testing.assert_allclose(*of_both, rtol=1e-4)
+            np.testing.assert_allclose(*of_both, rtol=3e-4)
 
 
 @needs_consistent_rms

@@ -37,7 +37,7 @@ def normal(seed, *shape):
     ],
 )
 def test_the_coarsest_dtype_counts(dtypes, expected):
-    assert coarsest_eps(*map(jnp.dtype, dtypes), precision=HIGHEST) == expected
+    assert coarsest_eps(*map(jnp.dtype, dtypes), precisions=[HIGHEST]) == expected
 
 
 @pytest.mark.parametrize(
@@ -58,15 +58,15 @@ def test_the_coarsest_dtype_counts(dtypes, expected):
     ids=str,
 )
 def test_the_algorithm_of_products_counts(precision, expected):
-    assert coarsest_eps(jnp.float32, precision=precision) == expected
+    assert coarsest_eps(jnp.float32, precisions=[precision]) == expected
 
 
 @pytest.mark.parametrize("precision", [None, "default", ("highest", "high")])
 def test_a_platform_that_does_not_round(precision):
     """On CPU no precision of a product rounds float32 or float64."""
-    found = coarsest_eps(jnp.float32, precision=precision)
+    found = coarsest_eps(jnp.float32, precisions=[precision])
     assert found == EPS["float32"]
-    assert coarsest_eps(jnp.float64, precision=precision) == 2.0**-52
+    assert coarsest_eps(jnp.float64, precisions=[precision]) == 2.0**-52
 
 
 @pytest.mark.parametrize(
@@ -81,7 +81,7 @@ def test_a_platform_that_does_not_round(precision):
 )
 def test_the_platform_that_computes_counts(platform, precision, expected):
     """It is that of the compiled program, which need not be that of the process."""
-    program = jax.jit(lambda: coarsest_eps(jnp.float32, precision=precision))
+    program = jax.jit(lambda: coarsest_eps(jnp.float32, precisions=[precision]))
     text = program.trace().lower(lowering_platforms=(platform,)).as_text()
     [number] = re.findall(r"dense<(\S*)> : tensor<f32>", text)
     assert np.float32(number) == np.float32(expected)
@@ -137,12 +137,12 @@ def rounded(array, bits):
     return jax.lax.reduce_precision(array, exponent_bits=8, mantissa_bits=bits)
 
 
-@pytest.mark.parametrize("of_refresh", ["as in the step", "highest"])
+@pytest.mark.parametrize("products", ["all", "of steps", "of refreshes"])
 @pytest.mark.parametrize(
     ("precision", "bits"), [("TF32_TF32_F32", 10), ("BF16_BF16_F32", 7)]
 )
 def test_no_steps_into_the_null_space_with_rounded_products(
-    monkeypatch, precision, bits, of_refresh
+    monkeypatch, precision, bits, products
 ):
     """The products of a CPU are exact, so their operands are rounded here."""
     einsum = jnp.einsum
@@ -155,12 +155,11 @@ def test_no_steps_into_the_null_space_with_rounded_products(
         return einsum(*operands, precision=HIGHEST, **options)
 
     monkeypatch.setattr(jnp, "einsum", of_rounded)
-    of_refresh = "highest" if of_refresh == "highest" else precision
-    low = {
-        "dtype": "float32",
-        "precision": precision,
-        "refresh_precision": of_refresh,
-    }
+    low = {"dtype": "float32"}
+    if products != "of refreshes":
+        low["precision"] = precision
+    if products != "of steps":
+        low["refresh_precision"] = precision
     assert np.median(reliability.null_shares(64, 4, 1, None, **low)) <= 0.005
     assert np.median(reliability.null_shares(64, 4, 1, 0, **low)) > 0.5
 

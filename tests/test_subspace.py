@@ -11,6 +11,7 @@ from test_kronecker import normal, orthogonal
 
 import soap_optax
 from soap_optax import QR, CholeskyQR, RefreshRequest, Subspace
+from soap_optax.refresh import _methods
 
 QRS = [QR(), CholeskyQR()]
 
@@ -88,6 +89,33 @@ def test_null_directions_are_null_and_what_fails_is_not_new():
     np.testing.assert_array_equal(found.eigenvalues[1], 0)
 
 
+@pytest.mark.parametrize("size", [8, 64])
+@pytest.mark.parametrize("method", QRS)
+def test_what_is_stored_in_bfloat16_is_refreshed(method, size):
+    """Columns that stay are made as orthonormal as those that turn."""
+    values = jnp.geomspace(1, 1e-3, size)
+    factors = factor_of(orthogonal(size), values).astype(jnp.bfloat16)[None]
+    bases = near(orthogonal(size)).astype(jnp.bfloat16)[None]
+    _, before = _methods.quality(factors, bases, "highest")
+    for _ in range(20):
+        found = refresh(Subspace(0.5, method), factors, bases)
+        assert found.is_new.all()
+        bases = found.eigenbases.astype(jnp.bfloat16)
+    _, after = _methods.quality(factors, bases, "highest")
+    assert after < before / 2
+
+
+@pytest.mark.parametrize("size", [1, 2, 3])
+def test_small_matrices_turn_at_least_two_columns(size):
+    basis = orthogonal(size)
+    factors = factor_of(basis, jnp.geomspace(1, 1e-2, size))[None]
+    bases = jnp.eye(size)[None]
+    for _ in range(50):
+        bases = refresh(Subspace(0.25), factors, bases).eigenbases
+    _, off_diagonal = _methods.quality(factors, bases, "highest")
+    assert off_diagonal < 1e-6
+
+
 def test_a_tolerance_keeps_what_is_diagonal_enough():
     factors = factor_of(orthogonal(6), np.geomspace(1, 1e-2, 6))[None]
     bases = orthogonal(6)[None]
@@ -109,6 +137,7 @@ OPTIONS = [
     {"block_size": 4},
     {"stagger": True, "precondition_frequency": 3},
     {"factors": "kl", "basis": "current", "precondition_frequency": 1},
+    {"precond_dtype": "bfloat16"},
 ]
 
 
@@ -178,7 +207,7 @@ def test_on_a_mesh_it_is_as_on_one_device():
     np.testing.assert_allclose(many, one, atol=1e-6)
 
 
-@pytest.mark.parametrize("fraction", [0, -0.5, 1.5, "half", None])
+@pytest.mark.parametrize("fraction", [0, -0.5, 1.5, "half", None, np.nan])
 def test_a_fraction_is_a_share(fraction):
     message = f"fraction must be a number above 0 and at most 1, got {fraction!r}"
     with pytest.raises(ValueError, match=message):
@@ -188,4 +217,4 @@ def test_a_fraction_is_a_share(fraction):
 def test_small_matrices_are_refreshed_by_products_or_by_qr():
     with pytest.raises(ValueError, match=r"method must be soap_optax\.QR"):
         Subspace(0.5, "qr")
-    assert Subspace() == Subspace(0.5, QR())
+    assert Subspace() == Subspace(np.float32(0.5), QR())
