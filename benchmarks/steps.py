@@ -357,8 +357,6 @@ def refreshes(bench: Bench) -> Iterator[dict[str, Any]]:
     of_qr: tuple[float, float] | None = None
     for name, options in {
         **{name: {"refresh": name} for name in METHODS},
-        "half of the columns": {"refresh": soap_optax.Subspace(1 / 2)},
-        "a quarter of the columns": {"refresh": soap_optax.Subspace(1 / 4)},
         "qr, blocks 512": {"block_size": 512},
         "qr, blocks 256": {"block_size": 256},
     }.items():

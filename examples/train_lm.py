@@ -137,9 +137,6 @@ class Config:
     precondition_frequency: int | None = None
     refresh: Literal["qr", "cholesky_qr", "eigh"] | None = None
     """How eigenbases are refreshed; with None SOAP takes `qr` and Shampoo `eigh`."""
-    columns: float = 1.0
-    """The share of the columns of an eigenbasis that a refresh turns. Below 1 it is by
-    `soap_optax.Subspace`, and `refresh` must be `qr` or `cholesky_qr`."""
     initial_basis: Literal["eigh", "identity"] = "eigh"
     block_size: int | None = None
     one_sided: bool = False
@@ -623,23 +620,11 @@ def adamw_options(config: Config) -> dict[str, Any]:
     }
 
 
-def refresh_method(config: Config) -> str | soap_optax.RefreshMethod:
-    if config.columns == 1:
-        return config.refresh
-    methods = {"qr": soap_optax.QR(), "cholesky_qr": soap_optax.CholeskyQR()}
-    if config.refresh not in methods:
-        raise ValueError(
-            "--refresh must be qr or cholesky_qr with --columns below 1, got "
-            f"{config.refresh}"
-        )
-    return soap_optax.Subspace(config.columns, methods[config.refresh])
-
-
 def eigenbasis_options(config: Config, mesh: Mesh | None) -> dict[str, Any]:
     """The options of whatever works in eigenbases."""
     return {
         "precondition_frequency": config.precondition_frequency,
-        "refresh": refresh_method(config),
+        "refresh": config.refresh,
         "initial_basis": config.initial_basis,
         "block_size": config.block_size,
         "one_sided": config.one_sided,

@@ -88,8 +88,6 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "Shampoo's factors": ("SOAP", {"factors": "shampoo"}),
     "previous basis": ("SOAP", {"basis": "previous"}),
     "f=10": ("SOAP", {"precondition_frequency": 10}),
-    "half of the columns": ("SOAP", {"columns": 1 / 2}),
-    "a quarter of the columns": ("SOAP", {"columns": 1 / 4}),
     "update RMS 0.2": ("SOAP", {"update_rms": 0.2}),
     "eigh": ("SOAP", {"refresh": "eigh"}),
     "blocks of 64": ("SOAP", {"block_size": 64}),

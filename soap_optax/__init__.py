@@ -18,6 +18,5 @@ from soap_optax.refresh._methods import Eigh as Eigh
 from soap_optax.refresh._methods import Refreshed as Refreshed
 from soap_optax.refresh._methods import RefreshMethod as RefreshMethod
 from soap_optax.refresh._methods import RefreshRequest as RefreshRequest
-from soap_optax.refresh._methods import Subspace as Subspace
 
 __version__ = "0.1.0"

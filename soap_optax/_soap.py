@@ -126,8 +126,7 @@ def soap(
         `"cholesky_qr"` stands for `soap_optax.CholeskyQR()`, for GPU and TPU, which
         gives equal results, up to round-off, from products of matrices, and falls back
         to the QR decomposition where it fails. `"eigh"` stands for `soap_optax.Eigh()`,
-        a full decomposition at every refresh. `soap_optax.Subspace(fraction)` refreshes
-        a part of the columns at a time, for refreshes at every step.
+        a full decomposition at every refresh.
       refresh_tolerance: share in [0, 1), or None. The refresh of an eigenbasis Q of a
         factor M is skipped while the norm of the off-diagonal part of Q^T M Q is at
         most this share of the norm of M, as in arXiv 2506.03595. None skips nothing.

@@ -23,7 +23,7 @@ def test_every_part_writes_its_table(tmp_path):
     assert (adamw["qr"], soap["qr"], soap["eigh"]) == ("0", "3", "3")  # 16, 32, 64
     assert float(soap["state_mb"]) > float(adamw["state_mb"])
     assert [row["tokens"] for row in tables["training"]] == ["16", "32"]
-    assert len(tables["refreshes"]) == 7
+    assert len(tables["refreshes"]) == 5
     in_batches, leaf_by_leaf, *_ = tables["compiling"]
     assert (in_batches["qr"], leaf_by_leaf["qr"]) == ("3", "28")
     assert [float(row["members"]) for row in tables["ensembles"]] == [8, 8]

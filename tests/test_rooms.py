@@ -211,7 +211,6 @@ def test_public_names():
         "RefreshRequest",
         "Refreshed",
         "ShampooState",
-        "Subspace",
         "diagnostics",
         "in_eigenbasis",
         "matrices",

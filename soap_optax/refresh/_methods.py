@@ -11,8 +11,6 @@ class and enter it in `METHODS`.
 import abc
 import dataclasses
 import functools
-import math
-import numbers
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -105,17 +103,13 @@ class RefreshMethod(abc.ABC):
         """
 
 
-# Orthonormal rows, and for each row the size, `[..., b]`, of the part of it that was
-# orthogonal to the rows before it.
-_Orthonormal = tuple[jax.Array, jax.Array]
+@dataclasses.dataclass(frozen=True)
+class QR(RefreshMethod):
+    """One power step M Q and a QR decomposition by Householder's method, as published.
 
-
-class _PowerMethod(RefreshMethod):
-    """Takes one power step M Q and makes its columns orthonormal, in their order."""
-
-    @abc.abstractmethod
-    def _orthonormalize(self, rows: jax.Array, wanted: jax.Array) -> _Orthonormal:
-        """Makes each row of the n matrices orthogonal to the rows before it."""
+    See Vyas et al., "SOAP: Improving and Stabilizing Shampoo using Adam",
+    https://arxiv.org/abs/2409.11321, Algorithm 4.
+    """
 
     def refresh(
         self,
@@ -124,25 +118,11 @@ class _PowerMethod(RefreshMethod):
         wanted: jax.Array,
         request: RefreshRequest,
     ) -> Refreshed:
-        return _by_power_step(
-            self._orthonormalize, factors, eigenbases, wanted, request
-        )
+        return _by_power_step(_householder, factors, eigenbases, wanted, request)
 
 
 @dataclasses.dataclass(frozen=True)
-class QR(_PowerMethod):
-    """One power step M Q and a QR decomposition by Householder's method, as published.
-
-    See Vyas et al., "SOAP: Improving and Stabilizing Shampoo using Adam",
-    https://arxiv.org/abs/2409.11321, Algorithm 4.
-    """
-
-    def _orthonormalize(self, rows: jax.Array, wanted: jax.Array) -> _Orthonormal:
-        return _householder(rows, wanted)
-
-
-@dataclasses.dataclass(frozen=True)
-class CholeskyQR(_PowerMethod):
+class CholeskyQR(RefreshMethod):
     """The step of `QR`, up to round-off, computed by products of matrices.
 
     Products are fast on GPU and TPU. Where this fails, Householder's method follows.
@@ -156,8 +136,17 @@ class CholeskyQR(_PowerMethod):
     def __post_init__(self) -> None:
         _arguments.integer(1)("passes", self.passes)
 
-    def _orthonormalize(self, rows: jax.Array, wanted: jax.Array) -> _Orthonormal:
-        return _cholesky_or_householder(rows, wanted, self.passes)
+    def refresh(
+        self,
+        factors: jax.Array,
+        eigenbases: jax.Array,
+        wanted: jax.Array,
+        request: RefreshRequest,
+    ) -> Refreshed:
+        def orthonormalize(rows: jax.Array, to_do: jax.Array) -> _Orthonormal:
+            return _cholesky_or_householder(rows, to_do, self.passes)
+
+        return _by_power_step(orthonormalize, factors, eigenbases, wanted, request)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -173,98 +162,6 @@ class Eigh(RefreshMethod):
     ) -> Refreshed:
         request = dataclasses.replace(request, decompose=True)
         return _by_power_step(_householder, factors, eigenbases, wanted, request)
-
-
-@dataclasses.dataclass(frozen=True)
-class Subspace(RefreshMethod):
-    """The step of another method within the span of a part of the eigenvectors.
-
-    Of an eigenbasis Q the columns Q_S are refreshed along which the coordinates of the
-    gradient have become most correlated with one another, as the entries of Q^T M Q
-    beside the diagonal tell. They become Q_S U, where U refreshes the identity for the
-    small matrix Q_S^T M Q_S. The other columns stay, and may be chosen at later
-    refreshes. Source of the idea: arXiv 2605.26327.
-
-    The first step decomposes the whole factor, unless `initial_basis="identity"`, so
-    that a program has decompositions of both sizes.
-
-    Attributes:
-      fraction: share of the columns that a refresh turns, in (0, 1], but at least two
-        columns. With 1 the result is that of `method`.
-      method: `QR()`, or `CholeskyQR()` for GPU and TPU, which makes the columns of
-        small matrices orthonormal.
-    """
-
-    fraction: float = 0.5
-    method: QR | CholeskyQR = QR()
-
-    def __post_init__(self) -> None:
-        rule = "a number above 0 and at most 1"
-        is_number = isinstance(self.fraction, numbers.Real)
-        is_share = is_number and 0 < self.fraction <= 1
-        _arguments.require("fraction", self.fraction, rule, is_share)
-        rule = "soap_optax.QR() or soap_optax.CholeskyQR()"
-        is_known = isinstance(self.method, _PowerMethod)
-        _arguments.require("method", self.method, rule, is_known)
-
-    def refresh(
-        self,
-        factors: jax.Array,
-        eigenbases: jax.Array,
-        wanted: jax.Array,
-        request: RefreshRequest,
-    ) -> Refreshed:
-        size, decompose = factors.shape[-1], request.decompose
-        count = max(2, math.ceil(self.fraction * size))
-        if count >= size or decompose is True:
-            return self.method.refresh(factors, eigenbases, wanted, request)
-        first = dataclasses.replace(request, decompose=True)
-
-        def whole(*of_factors: jax.Array) -> Refreshed:
-            factors, eigenbases, wanted = of_factors
-            return self.method.refresh(factors, eigenbases, wanted, first)
-
-        def part(factors: jax.Array, bases: jax.Array, wanted: jax.Array) -> Refreshed:
-            step = power_step(factors, bases, request.precision)
-            find = functools.partial(self._turned, count, step, bases, request)
-            return _where_needed(find, step, bases, wanted, request)
-
-        if decompose is None:
-            return part(factors, eigenbases, wanted)
-        return jax.lax.cond(decompose, whole, part, factors, eigenbases, wanted)
-
-    def _turned(
-        self,
-        count: int,
-        step: "PowerStep",
-        eigenbases: jax.Array,
-        request: RefreshRequest,
-        wanted: jax.Array,
-    ) -> _Orthonormal:
-        """Turns `count` columns of each eigenbasis, given as rows.
-
-        In coordinates of the eigenbasis the power step M Q is Q^T M Q, of which the
-        rows and columns of the subspace are taken.
-        """
-        basis = at_least_float32(eigenbases)
-        energies = jnp.matmul(step.rows, basis, precision=request.precision)
-        order = _most_correlated_first(step.quotients, energies, count)
-        chosen, place = order[..., :count], jnp.argsort(order, axis=-1)
-        small = _take_rows(_transposed(_take_rows(energies, chosen)), chosen)
-        turn, sizes = self.method._orthonormalize(_transposed(small), wanted)
-        rows = _take_rows(_transposed(basis), order)
-        turned = jnp.matmul(turn, rows[..., :count, :], precision="highest")
-        is_rounded = eigenbases.dtype != basis.dtype
-        if not is_rounded:  # The rows that stay are as orthonormal as they were.
-            turned = _more_orthonormal(turned)
-        rows = jnp.concatenate([turned, rows[..., count:, :]], axis=-2)
-        if is_rounded:
-            rows = _more_orthonormal(rows)
-        old = jnp.take_along_axis(step.quotients, order, axis=-1)
-        is_null = (old[..., :count] <= 0) | (sizes <= step.null_share)
-        sizes = jnp.where(is_null, 0, sizes)
-        sizes = jnp.concatenate([sizes, old[..., count:]], axis=-1)
-        return _take_rows(rows, place), jnp.take_along_axis(sizes, place, axis=-1)
 
 
 METHODS: dict[str, RefreshMethod] = {
@@ -291,6 +188,11 @@ def rule(name: str, value: Any) -> None:
 def method_of(value: str | RefreshMethod) -> RefreshMethod:
     """The method that has the name `value`, or `value` if it is a method itself."""
     return METHODS[value] if isinstance(value, str) else value
+
+
+# Orthonormal rows, and for each row the size, `[..., b]`, of the part of it that was
+# orthogonal to the rows before it.
+_Orthonormal = tuple[jax.Array, jax.Array]
 
 
 class PowerStep(NamedTuple):
@@ -392,34 +294,11 @@ def _by_power_step(
 ) -> Refreshed:
     """Takes a power step and makes its rows orthonormal, or decomposes the factors.
 
-    Eigenvectors from a decomposition go through `orthonormalize` as well, so that a
-    program has one QR decomposition for both cases.
+    An eigenbasis stays where the tolerance of the request allows it. Eigenvectors from
+    a decomposition go through `orthonormalize` as well, so that a program has one QR
+    decomposition for both cases.
     """
     step = power_step(factors, eigenbases, request.precision)
-
-    def find(to_do: jax.Array) -> _Orthonormal:
-        return _ranked(step, factors, to_do, request.decompose, orthonormalize)
-
-    return _where_needed(find, step, eigenbases, wanted, request)
-
-
-def _where_needed(
-    find: Callable[[jax.Array], _Orthonormal],
-    step: PowerStep,
-    eigenbases: jax.Array,
-    wanted: jax.Array,
-    request: RefreshRequest,
-) -> Refreshed:
-    """Refreshes the eigenbases that the tolerance of the request does not let stay.
-
-    Args:
-      find: gives new eigenbases as rows, and their eigenvalues over the largest one,
-        for the matrices that are to do.
-      step: power step.
-      eigenbases: old eigenbases, `[n, ..., b, b]`.
-      wanted: whether each eigenbasis is wanted, `[n, ...]`.
-      request: what is asked of the method.
-    """
     quotients = step.quotients * step.largest
     to_do = wanted
     if request.tolerance is not None:
@@ -428,7 +307,7 @@ def _where_needed(
     is_kept = wanted & ~to_do
 
     def finish() -> Refreshed:
-        rows, sizes = find(to_do)
+        rows, sizes = _ranked(step, factors, to_do, request.decompose, orthonormalize)
         is_new = to_do & is_orthonormal(rows)
         values = jnp.where(to_do[..., None], sizes * step.largest, quotients)
         return Refreshed(_transposed(rows), values, is_new, is_kept)
@@ -439,40 +318,6 @@ def _where_needed(
     if request.tolerance is None:
         return finish()
     return jax.lax.cond(jnp.any(to_do), finish, keep)
-
-
-def _most_correlated_first(
-    quotients: jax.Array, energies: jax.Array, count: int
-) -> jax.Array:
-    """Orders columns so that `count` that are correlated with one another come first.
-
-    The entry of Q^T M Q for the columns i and j, over the root of the product of their
-    Rayleigh quotients, is the correlation of these coordinates of the gradient, which
-    a refresh is there to take away. With the squares of all correlations in a matrix C,
-    the columns are compared by the entries of C^4 1. They are large where columns are
-    correlated with columns that are correlated with others, so that both columns of a
-    pair are chosen. Those that come first are in the order of descending quotients, as
-    the orthonormalization needs them.
-
-    Args:
-      quotients: Rayleigh quotients, 0 for null columns, `[..., b]`.
-      energies: Q^T M Q over the same number as the quotients, `[..., b, b]`.
-      count: how many columns there are to choose.
-
-    Returns:
-      The numbers of the columns, `[..., b]`.
-    """
-    scale = jnp.where(quotients > 0, jax.lax.rsqrt(jnp.maximum(quotients, 1e-37)), 0)
-    squares = jnp.square(energies * scale[..., None] * scale[..., None, :])
-    is_diagonal = jnp.eye(energies.shape[-1], dtype=bool)
-    squares = jnp.where(is_diagonal, 0, squares)
-    scores = jnp.ones_like(quotients)
-    for _ in range(4):
-        scores = jnp.einsum("...ij,...j->...i", squares, scores, precision="highest")
-        largest = jnp.max(scores, axis=-1, keepdims=True)
-        scores = scores / jnp.where(largest > 0, largest, 1)
-    rank = jnp.argsort(jnp.argsort(scores, axis=-1, descending=True), axis=-1)
-    return jnp.lexsort((-quotients, rank >= count))
 
 
 def _ranked(
@@ -609,16 +454,6 @@ def _cholesky(rows: jax.Array, wanted: jax.Array, passes: int) -> _Orthonormal:
     start = (rows, sizes, distance, 0)
     rows, sizes, *_ = jax.lax.while_loop(is_far, improve, start)
     return rows, sizes
-
-
-def _more_orthonormal(rows: jax.Array) -> jax.Array:
-    """Takes a step of Newton and Schulz's iteration, for rows nearly orthonormal.
-
-    It squares their distance from orthonormal ones. Without it, the round-off of many
-    turns in succession would add up.
-    """
-    gram = jnp.matmul(rows, _transposed(rows), precision="highest")
-    return 1.5 * rows - 0.5 * jnp.matmul(gram, rows, precision="highest")
 
 
 def _norm(matrix: jax.Array) -> jax.Array:
