@@ -219,16 +219,17 @@ def differing(**changes):
 
 
 @pytest.mark.parametrize(
-    "changes",
+    ("changes", "rtol"),
     [
-        {"optimizer": "adamw"},
-        pytest.param({"optimizer": "muon"}, marks=needs_consistent_rms),
-        # In larger blocks round-off decides which directions without gradient are kept.
-        {"optimizer": "soap", "block_size": 8, "precondition_frequency": 2},
+        ({"optimizer": "adamw"}, 1e-4),
+        pytest.param({"optimizer": "muon"}, 1e-4, marks=needs_consistent_rms),
+        # SOAP's first steps enlarge round-off, and more so in larger blocks. Losses of
+        # members that are taken for one another differ by more than a tenth.
+        ({"optimizer": "soap", "block_size": 8, "precondition_frequency": 2}, 1e-2),
     ],
     ids=str,
 )
-def test_members_of_a_program_train_as_they_do_alone(changes):
+def test_members_of_a_program_train_as_they_do_alone(changes, rtol):
     configs = differing(**changes)
     together = members.train_together(configs)
     for config, rows in zip(configs, together, strict=True):
@@ -236,7 +237,7 @@ def test_members_of_a_program_train_as_they_do_alone(changes):
         assert [row["step"] for row in rows] == [2, 4, 5]
         for field in ("step", "validation_loss"):
             of_both = ([row[field] for row in table] for table in (rows, alone))
-            np.testing.assert_allclose(*of_both, rtol=3e-4)
+            np.testing.assert_allclose(*of_both, rtol=rtol)
 
 
 @needs_consistent_rms
