@@ -160,6 +160,7 @@ class Config:
     precision: str = "highest"
     """The precision of the products of SOAP and Shampoo in a step."""
     refresh_precision: str = "highest"
+    """The precision of the products of factors and eigenbases in their refreshes."""
     rcond: float | None = None
     """The share below which directions are damped as round-off; 0 damps none, and None
     is SOAP's default."""

@@ -73,7 +73,8 @@ _TAB20 = plt.get_cmap("tab20").colors  # They alternate between dark and light.
 COLORS = dict(zip(OPTIMIZERS, _TAB20[::2] + _TAB20[1::2], strict=False))
 BASELINES = ("AdamW", "NAdamW", "Muon", "Shampoo")
 RATES = ("learning_rate", "adam_learning_rate")
-APART = (("adam_learning_rate",), ("learning_rate",))
+ADAM_ALONE, MATRICES_ALONE = ("adam_learning_rate",), ("learning_rate",)
+APART = (ADAM_ALONE, MATRICES_ALONE)
 """The settings that are sought only where Adam has matrices of its own."""
 FREQUENCIES = (1, 3, 10, 30, 100)
 FREQUENCY_OPTIMIZERS = {"SOAP": "SOAP, f=10", "Shampoo": "Shampoo"}
@@ -178,7 +179,7 @@ def tuned(
     else:
         starts, _ = tuned(experiment, first)
         best = {label: at_length(config, steps) for label, config in starts.items()}
-        search = [RATES, APART[0]]
+        search = [RATES, ADAM_ALONE]
     tried: dict[tuple[str, Config], Seeds] = {}
     for fields in search:
         members = {

@@ -1,14 +1,16 @@
 #!/bin/sh
-# Makes the language model's tables of docs/results.md on one GPU, in about ten minutes.
+# Makes the language model's tables of docs/results.md on one GPU.
 #
 #     experiments/on_gpu.sh CURVES OUT
 #
 # Finished trainings are in CURVES, so that it may be stopped and started again. python3
 # must have soap_optax[experiments] and JAX for the GPU. Several commands run at a time,
-# because compiling takes longer than training; without autotuning it takes seconds.
+# because compiling takes longer than training, though it is done without autotuning.
 set -e
-curves=$(realpath "${1:?the folder of finished trainings is missing}")
-out=$(realpath "${2:?the folder of tables and plots is missing}")
+mkdir -p "${1:?the folder of finished trainings is missing}"
+mkdir -p "${2:?the folder of tables and plots is missing}"
+curves=$(realpath "$1")
+out=$(realpath "$2")
 cd "$(dirname "$0")/.."
 export XLA_FLAGS="--xla_gpu_autotune_level=0 --xla_gpu_enable_triton_gemm=false"
 export JAX_COMPILATION_CACHE_DIR="${TMPDIR:-/tmp}/soap_optax_compiled"

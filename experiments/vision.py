@@ -1,6 +1,6 @@
 """SOAP and AdamW on small images: a convolutional network on handwritten digits.
 
-    python experiments/vision.py --out docs/results    # It takes 5 minutes on 2 cores.
+    python experiments/vision.py --out docs/results  # It takes 12 minutes on one core.
 
 The images are the 1,797 digits of 8 x 8 pixels that come with scikit-learn. Each seed
 has its own split into training, validation and test images, its own network and its own

@@ -1,9 +1,20 @@
 """Benchmarks run and count; what they time is for `make bench`."""
 
+import dataclasses
+
 import jax
 import pytest
 import results
 import steps
+
+
+def test_layers_in_one_stack_have_the_factors_of_separate_ones():
+    stacked = steps.PRESETS["tiny-stacked"]
+    sizes = [
+        steps.nbytes(jax.eval_shape(steps.soap().init, steps.normal(shape, 0)))
+        for shape in (stacked, dataclasses.replace(stacked, stacked=False))
+    ]
+    assert sizes[0] == sizes[1]
 
 
 @pytest.mark.slow
