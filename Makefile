@@ -6,7 +6,8 @@ BIN := $(VENV)/bin
 PYTEST := pytest -n 2 --dist loadgroup
 
 .PHONY: help setup train train-sharded reliability experiments bench tpu-check \
-	gpu-check test test-default-flags test-slow test-oldest dist-check lint format clean
+	gpu-check test test-default-flags test-slow test-oldest dist-check release-check \
+	lint format clean
 
 help:
 	@echo "make train          SOAP, Muon and AdamW on a small language model, with a plot"
@@ -21,6 +22,7 @@ help:
 	@echo "make gpu-check      memory of training steps compiled for a GPU, without a GPU"
 	@echo "make test-oldest    the tests on the oldest supported JAX and optax"
 	@echo "make dist-check     the wheel, built and used in environments of its own"
+	@echo "make release-check TAG=v1.2.3  the same for a release, which is then in dist/"
 	@echo "make format         format the code"
 	@echo "PYTHON=python3.12 VENV=.venv-3.12 choose another interpreter."
 
@@ -53,6 +55,7 @@ experiments: setup
 	$(BIN)/python experiments/vision.py --out docs/results
 
 bench: setup
+	OPENBLAS_NUM_THREADS=1 $(BIN)/python benchmarks/small.py --out docs/results
 	$(BIN)/python benchmarks/steps.py --out docs/results
 	$(BIN)/python benchmarks/steps.py --out docs/results --preset 24-layers \
 		--rows soap --parts steps
@@ -101,6 +104,9 @@ test-oldest:
 
 dist-check:
 	$(PYTHON) .ci/check_dist.py
+
+release-check:
+	$(PYTHON) .ci/check_dist.py --release $(TAG)
 
 format: setup
 	$(BIN)/ruff format .

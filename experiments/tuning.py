@@ -28,10 +28,6 @@ LADDERS: dict[str, Sequence[float]] = {
 """The values of each setting."""
 
 
-# The same step up to round-off: one is fast on a CPU, and one on an accelerator.
-QR = "qr" if jax.default_backend() == "cpu" else "cholesky_qr"
-
-
 def base(steps: int) -> Config:
     """What trainings of a length have in common, unless they differ in it."""
     return Config(
@@ -47,7 +43,7 @@ def base(steps: int) -> Config:
         nesterov=True,
         adam=("embed",),
         diagnose=False,
-        **UNTUNED | {"refresh": QR},
+        **UNTUNED,
     )
 
 

@@ -122,10 +122,10 @@ def soap(
         bias-corrected, and the basis take in each gradient before it is rotated, and
         the first step is a real one.
       refresh: a `soap_optax.RefreshMethod`, or the name of one. `"qr"`, as published,
-        stands for `soap_optax.QR()`, one power step and a QR decomposition.
-        `"cholesky_qr"` stands for `soap_optax.CholeskyQR()`, for GPU and TPU, which
-        gives equal results, up to round-off, from products of matrices, and falls back
-        to the QR decomposition where it fails. `"eigh"` stands for `soap_optax.Eigh()`,
+        stands for `soap_optax.QR()`, one power step and a QR decomposition: on CPU by
+        Householder's method, and on other platforms by products of matrices, with equal
+        results up to round-off. `"cholesky_qr"` stands for `soap_optax.CholeskyQR()`,
+        which takes these products on CPU, too. `"eigh"` stands for `soap_optax.Eigh()`,
         a full decomposition at every refresh.
       refresh_tolerance: share in [0, 1), or None. The refresh of an eigenbasis Q of a
         factor M is skipped while the norm of the off-diagonal part of Q^T M Q is at
