@@ -8,7 +8,7 @@ import pytest
 from nbclient import NotebookClient
 
 ROOT = Path(__file__).parent.parent
-NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
+NOTEBOOKS = sorted((ROOT / "docs" / "notebooks").glob("*.ipynb"))
 # What the kernel does not inherit: virtual devices, and a backend that shows nothing.
 NOT_INHERITED = {"XLA_FLAGS", "MPLBACKEND"}
 
