@@ -1,13 +1,14 @@
 # make train and make test set up what they need in $(VENV).
 PYTHON ?= python3
 VENV ?= .venv
+EXTRA ?= test
 BIN := $(VENV)/bin
 # Tests of a group share what one process has compiled.
 PYTEST := pytest -n 2 --dist loadgroup
 
 .PHONY: help setup train train-sharded reliability experiments bench tpu-check \
 	gpu-check test test-default-flags test-slow test-oldest dist-check release-check \
-	lint format clean
+	docs docs-setup docs-serve lint format clean
 
 help:
 	@echo "make train          SOAP, Muon and AdamW on a small language model, with a plot"
@@ -22,6 +23,8 @@ help:
 	@echo "make gpu-check      memory of training steps compiled for a GPU, without a GPU"
 	@echo "make test-oldest    the tests on the oldest supported JAX and optax"
 	@echo "make dist-check     the wheel, built and used in environments of its own"
+	@echo "make docs           the documentation site, in site/, with every link checked"
+	@echo "make docs-serve     the documentation site in a browser, renewed at each change"
 	@echo "make release-check TAG=v1.2.3  the same for a release, which is then in dist/"
 	@echo "make format         format the code"
 	@echo "PYTHON=python3.12 VENV=.venv-3.12 choose another interpreter."
@@ -32,7 +35,7 @@ $(VENV)/.installed: pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 		{ echo "soap_optax needs Python 3.11 or newer; set PYTHON"; exit 1; }
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e ".[test]" $(PINS)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e ".[$(EXTRA)]" $(PINS)
 	@touch $@
 
 train: setup
@@ -108,9 +111,28 @@ dist-check:
 release-check:
 	$(PYTHON) .ci/check_dist.py --release $(TAG)
 
+# In an environment of its own.
+docs-setup:
+	$(MAKE) setup VENV=.venv-docs EXTRA=docs
+	$(MAKE) docs/katex
+
+docs: docs-setup
+	NO_MKDOCS_2_WARNING=1 .venv-docs/bin/mkdocs build
+
+docs-serve: docs-setup
+	NO_MKDOCS_2_WARNING=1 .venv-docs/bin/mkdocs serve
+
+# KaTeX sets the formulas. The environment has an npm of its own.
+docs/katex:
+	PATH=$(CURDIR)/.venv-docs/bin:$$PATH npm install --silent --no-save \
+		--prefix .venv-docs katex@0.19
+	mkdir $@
+	cd .venv-docs/node_modules/katex/dist && cp -r fonts katex.min.css katex.min.js \
+		contrib/auto-render.min.js $(CURDIR)/$@
+
 format: setup
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
 clean:
-	rm -rf .venv* runs dist .mypy_cache .pytest_cache .ruff_cache
+	rm -rf .venv* runs dist site docs/katex .mypy_cache .pytest_cache .ruff_cache
