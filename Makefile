@@ -56,6 +56,7 @@ experiments: setup
 		--curves docs/results/curves
 	$(BIN)/python experiments/pinn.py --out docs/results
 	$(BIN)/python experiments/vision.py --out docs/results
+	$(BIN)/python experiments/complex_parameters.py --out docs/results
 
 bench: setup
 	OPENBLAS_NUM_THREADS=1 $(BIN)/python benchmarks/small.py --out docs/results
