@@ -72,23 +72,30 @@ def test_orthonormal(method, dtype, times):
     assert np.isfinite(values).all() and np.all(values >= 0)
 
 
+STARTS = {
+    "identity": np.eye(SIZE),
+    "turned": orthogonal(2),
+    "cycle": np.roll(np.eye(SIZE), 1, axis=0),
+}
+
+
 def gradients_with_multiples():
     """Gradients for which rows of the power step are multiples of one another."""
     rng = np.random.default_rng(3)
     few, many = rng.normal(size=(SIZE, 5)), rng.normal(size=(SIZE, 2 * SIZE))
     few[1::2], many[1::2] = few[::2], many[::2]
     dead = np.where(np.arange(SIZE)[:, None] < SIZE // 2, rng.normal(size=few.shape), 0)
-    return [few, many, np.ones((SIZE, 3)), dead, dead + 1e-4 * few]
+    return [few, many, np.ones((SIZE, 3)), np.eye(SIZE)[:, :1], dead]
 
 
 @pytest.mark.parametrize("decompose", [None, True])
-@pytest.mark.parametrize("start", [np.eye(SIZE), orthogonal(2)], ids=["eye", "turned"])
+@pytest.mark.parametrize("start", STARTS)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("method", METHODS)
 def test_rows_that_are_multiples_of_one_another(method, dtype, start, decompose):
     gradients = gradients_with_multiples()
     matrices = jnp.asarray(np.stack([g @ g.T for g in gradients]), dtype)
-    bases = jnp.broadcast_to(jnp.asarray(start, dtype), matrices.shape)
+    bases = jnp.broadcast_to(jnp.asarray(STARTS[start], dtype), matrices.shape)
     request = RefreshRequest(decompose)
     wanted = jnp.ones(len(matrices), bool)
     new = jax.jit(METHODS[method].refresh)(matrices, bases, wanted, request)
@@ -97,9 +104,9 @@ def test_rows_that_are_multiples_of_one_another(method, dtype, start, decompose)
     tolerance = 20 * float(jnp.finfo(dtype).eps)
     gram = bases.swapaxes(-2, -1) @ bases
     np.testing.assert_allclose(gram - np.eye(SIZE), 0, atol=tolerance)
-    for g, values in zip(gradients[:4], new.eigenvalues[:4], strict=True):
-        rank = np.linalg.matrix_rank(g)
-        assert np.all(np.sort(values)[:-rank] <= 1e-3 * np.max(values))
+    ranks = np.array([np.linalg.matrix_rank(g) for g in gradients])
+    found = np.sum(np.asarray(new.eigenvalues) > 0, axis=-1)
+    assert np.all(found >= ranks) and np.all(found <= ranks + 1)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
