@@ -41,11 +41,11 @@ def compare(
     limit: float | None = None,
     **optimizers: tuple[Callable[..., optax.GradientTransformation], Sequence[float]],
 ) -> None:
-    """Trains with each optimizer at each of its learning rates, and prints a table row.
+    """Trains with each optimizer at each of its rates, and prints a row of a table.
 
-    Each optimizer is a function of the learning rate, and rates. With `steps`, rates are
-    the peaks of a schedule. The program fails if SOAP ends over `limit`, or over the
-    others if no limit is given.
+    An optimizer is a function of the learning rate, with its rates. With `steps`, rates
+    are the peaks of a schedule. The program fails if SOAP ends over `limit`, which is
+    the lowest loss of the others if it is not given.
     """
     figures, lowest = [], {}
     for name, (make, rates) in optimizers.items():

@@ -14,11 +14,13 @@ from sklearn.datasets import load_digits
 
 import soap_optax
 
-STEPS = 300
+STEPS = 200
 IMAGES = jnp.asarray(load_digits().data, jnp.float32) / 16
 
 
 class Autoencoder(eqx.Module):
+    """Compresses an image to six numbers."""
+
     encoder: eqx.nn.MLP
     decoder: eqx.nn.MLP
 
@@ -54,6 +56,6 @@ def train(tx):
 if __name__ == "__main__":
     soap = functools.partial(soap_optax.soap, **RECIPE)
     nadam = functools.partial(optax.nadam, b1=0.95, b2=0.95)
-    rates = (3e-3, 1e-2, 3e-2)
+    rates = (1e-2, 3e-2, 1e-1)
     optimizers = {"SOAP": (soap, rates), "NAdam": (nadam, rates)}
     compare("equinox", "autoencoder", train, STEPS, **optimizers)

@@ -7,7 +7,6 @@ tumours that scikit-learn ships. `make test-clients` runs this file.
 
 import functools
 
-import flowjax
 import jax
 import jax.numpy as jnp
 import optax
@@ -48,6 +47,6 @@ if __name__ == "__main__":
         soap_optax.soap, dimension_numbers=soap_optax.matrices(), clip_update_rms=1.0
     )
     adam = functools.partial(optax.adam, b1=0.95, b2=0.95)
-    rates = (3e-3, 1e-2, 3e-2)
+    rates = (1e-2, 3e-2, 1e-1)
     optimizers = {"SOAP": (soap, rates), "Adam": (adam, rates)}
     compare("flowjax", "density of data", train, STEPS, **optimizers)

@@ -43,6 +43,6 @@ def train(tx):
 if __name__ == "__main__":
     soap = functools.partial(soap_optax.soap, nesterov=True)
     nadam = functools.partial(optax.nadam, b1=0.95, b2=0.95)
-    rates = (1e-2, 3e-2, 1e-1)
+    rates = (3e-2, 1e-1, 3e-1)
     optimizers = {"SOAP": (soap, rates), "NAdam": (nadam, rates)}
     compare("dm-haiku", "digits", train, STEPS, **optimizers)

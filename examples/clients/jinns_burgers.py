@@ -14,7 +14,7 @@ from common import RECIPE, compare
 
 import soap_optax
 
-STEPS = 800
+STEPS = 600
 
 
 def problem():
@@ -26,17 +26,8 @@ def problem():
     )
     nu = jnp.array(0.01 / jnp.pi)
     params = jinns.parameters.Params(nn_params=weights, eq_params={"nu": nu})
-    data = jinns.data.CubicMeshPDENonStatio(
-        key=key,
-        n=1000,
-        nb=200,
-        ni=200,
-        dim=1,
-        min_pts=(-1.0,),
-        max_pts=(1.0,),
-        tmin=0.0,
-        tmax=1.0,
-    )
+    box = {"dim": 1, "min_pts": (-1.0,), "max_pts": (1.0,), "tmin": 0.0, "tmax": 1.0}
+    data = jinns.data.CubicMeshPDENonStatio(key=key, n=1000, nb=200, ni=200, **box)
     loss = jinns.loss.LossPDENonStatio(
         u=u,
         dynamic_loss=jinns.loss.BurgersEquation(Tmax=1),
@@ -58,6 +49,6 @@ def train(tx):
 if __name__ == "__main__":
     soap = functools.partial(soap_optax.soap, **RECIPE)
     nadam = functools.partial(optax.nadam, b1=0.95, b2=0.95)
-    rates = (3e-3, 1e-2, 3e-2)
+    rates = (1e-2, 3e-2, 1e-1)
     optimizers = {"SOAP": (soap, rates), "NAdam": (nadam, rates)}
     compare("jinns", "Burgers' equation", train, STEPS, **optimizers)

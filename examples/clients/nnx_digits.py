@@ -13,12 +13,14 @@ from sklearn.datasets import load_digits
 
 import soap_optax
 
-STEPS = 150
+STEPS = 100
 IMAGES, LABELS = load_digits(return_X_y=True)
 IMAGES = jnp.asarray(IMAGES, jnp.float32).reshape(-1, 8, 8, 1) / 16
 
 
 class Network(nnx.Module):
+    """Has two convolutions."""
+
     def __init__(self, rngs: nnx.Rngs):
         self.first = nnx.Conv(1, 16, (3, 3), rngs=rngs)
         self.second = nnx.Conv(16, 32, (3, 3), strides=2, rngs=rngs)
@@ -52,6 +54,6 @@ if __name__ == "__main__":
     options = {"nesterov": True, "merge_dims": True, "max_precond_dim": 512}
     soap = functools.partial(soap_optax.soap, **options)
     nadamw = functools.partial(optax.nadamw, weight_decay=0.0)
-    rates = (1e-2, 3e-2, 1e-1)
+    rates = (3e-2, 1e-1, 3e-1)
     optimizers = {"SOAP": (soap, rates), "NAdamW": (nadamw, rates)}
     compare("flax", "NNX, digits", train, STEPS, **optimizers)

@@ -49,6 +49,6 @@ def train(tx):
 if __name__ == "__main__":
     soap = functools.partial(soap_optax.soap, **RECIPE)
     nadam = functools.partial(optax.nadam, b1=0.95, b2=0.95)
-    rates = (3e-3, 1e-2, 3e-2)
+    rates = (1e-2, 3e-2, 1e-1)
     optimizers = {"SOAP": (soap, rates), "NAdam": (nadam, rates)}
     compare("optimistix", "fit of a function", train, STEPS, **optimizers)

@@ -12,25 +12,16 @@ import jax
 import numpy as np
 import optax
 import qwix
-from common import RECIPE, compare, schedule, text
+from common import compare, schedule, text
 from flax import nnx
 from tunix.models.llama3 import model as llama3
 from tunix.sft import peft_trainer, utils
 
 import soap_optax
 
-CONFIG = llama3.ModelConfig(
-    num_layers=2,
-    vocab_size=256,
-    embed_dim=64,
-    hidden_dim=128,
-    num_heads=4,
-    head_dim=16,
-    num_kv_heads=2,
-    rope_theta=10_000,
-    norm_eps=1e-5,
-)
 STEPS, MASK = 100, np.ones((16, 48), bool)
+SIZES = {"num_layers": 2, "vocab_size": 256, "embed_dim": 64, "hidden_dim": 128}
+SIZES |= {"num_heads": 4, "head_dim": 16, "num_kv_heads": 2}
 
 
 def model_input(batch):
@@ -47,8 +38,7 @@ def fit(model, tx, module):
     batches = [peft_trainer.TrainingInput(batch, MASK) for batch in tokens]
     config = peft_trainer.TrainingConfig(eval_every_n_steps=STEPS, max_steps=STEPS)
     trainer = peft_trainer.PeftTrainer(model, tx, config)
-    trainer = trainer.with_gen_model_input_fn(model_input)
-    trainer.train(batches[1:], batches[:1])
+    trainer.with_gen_model_input_fn(model_input).train(batches[1:], batches[:1])
     return trainer.metrics_logger.get_metric_history("", "loss", "eval")[-1]
 
 
@@ -61,11 +51,12 @@ def train(tx):
 
 if __name__ == "__main__":
     jax.set_mesh(jax.make_mesh((1, 1), ("fsdp", "tp")))
-    BASE = llama3.Llama3(CONFIG, rngs=nnx.Rngs(0))
-    first = fit(BASE, soap_optax.soap(schedule(1e-2, STEPS), **RECIPE), typing)
-    print(f"All parameters were trained to a loss of {first:.3f}.")
+    config = llama3.ModelConfig(**SIZES, rope_theta=10_000, norm_eps=1e-5)
+    BASE = llama3.Llama3(config, rngs=nnx.Rngs(0))
+    loss = fit(BASE, soap_optax.soap(schedule(1e-2, STEPS), nesterov=True), typing)
+    print(f"google-tunix, all parameters: SOAP ended at a loss of {loss:.4g}")
     soap = functools.partial(soap_optax.soap, nesterov=True, one_sided=True)
     nadamw = functools.partial(optax.nadamw, b1=0.95, b2=0.95, weight_decay=0.0)
-    rates = (3e-3, 1e-2, 3e-2)
-    optimizers = {"SOAP": (soap, rates), "NAdamW": (nadamw, rates)}
+    optimizers = {"SOAP": (soap, (1e-2, 3e-2, 1e-1))}
+    optimizers["NAdamW"] = (nadamw, (1e-2, 3e-2, 1e-1))
     compare("google-tunix", "LoRA", train, STEPS, **optimizers)
