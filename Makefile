@@ -106,7 +106,8 @@ CLIENTS ?= nnx_digits linen_text equinox_autoencoder haiku_digits optimistix_fit
 	numpyro_vae flowjax_density jinns_burgers netket_heisenberg gymnax_ppo
 LLM_CLIENTS ?= tunix_lora maxtext_pretrain
 LLM_PYTHON ?= python3.12
-LLM_ENV := DECOUPLE_GCLOUD=TRUE XLA_FLAGS=--xla_force_host_platform_device_count=8
+LLM_ENV := DECOUPLE_GCLOUD=TRUE JAX_PLATFORMS=cpu \
+	XLA_FLAGS=--xla_force_host_platform_device_count=8
 
 .venv-clients/.installed: examples/clients/requirements.txt
 	$(PYTHON) -m venv .venv-clients

@@ -25,6 +25,11 @@ def schedule(peak: float, steps: int) -> optax.Schedule:
     return optax.warmup_cosine_decay_schedule(0.0, peak, steps // 10, steps)
 
 
+def nadam(rate: optax.ScalarOrSchedule) -> optax.GradientTransformation:
+    """Makes Adam with Nesterov's momentum and with the decays of SOAP."""
+    return optax.nadam(rate, b1=0.95, b2=0.95)
+
+
 def text(batches: int, rows: int, context: int, module: Any = typing) -> np.ndarray:
     """Draws tokens `[batches, rows, context + 1]`, bytes of a module of Python."""
     code = np.frombuffer(inspect.getsource(module).encode(), np.uint8)

@@ -25,9 +25,8 @@ class Autoencoder(eqx.Module):
     decoder: eqx.nn.MLP
 
     def __init__(self, key):
-        keys = jax.random.split(key)
-        self.encoder = eqx.nn.MLP(64, 6, 48, 2, jax.nn.gelu, key=keys[0])
-        self.decoder = eqx.nn.MLP(6, 64, 48, 2, jax.nn.gelu, key=keys[1])
+        self.encoder = eqx.nn.MLP(64, 6, 48, 2, jax.nn.gelu, key=key)
+        self.decoder = eqx.nn.MLP(6, 64, 48, 2, jax.nn.gelu, key=key)
 
     def __call__(self, image):
         return self.decoder(self.encoder(image))

@@ -1,6 +1,6 @@
 """MaxText pre-trains a tiny model on a mesh of 8 devices with SOAP, and resumes.
 
-The configuration is maxtext_tiny.yml. `make test-clients` runs this file.
+Its configuration is maxtext_tiny.yml, and `make test-clients` runs this file.
 """
 
 import functools
@@ -17,10 +17,8 @@ from maxtext.trainers.pre_train import train as maxtext
 from maxtext.utils import train_utils
 from maxtext_soap import get_optimizer
 
-CONFIG, FOLDER = (
-    pathlib.Path(__file__).with_name("maxtext_tiny.yml"),
-    tempfile.mkdtemp(),
-)
+CONFIG = str(pathlib.Path(__file__).with_name("maxtext_tiny.yml"))
+FOLDER = tempfile.mkdtemp()
 soap = functools.partial(get_optimizer, block_size=16)
 theirs, setup = optimizers.get_optimizer, train_utils.setup_train_loop
 
@@ -30,9 +28,7 @@ def setup_and_measure(config, recorder):
     arrays = jax.tree.leaves(nnx.state(state.optimizer))
     on_device = sum(array.addressable_shards[0].data.nbytes for array in arrays)
     total = sum(array.nbytes for array in arrays)
-    print(
-        f"{config.run_name}: {on_device:,} of {total:,} bytes on a device", flush=True
-    )
+    print(f"{config.run_name}: {on_device:,} of {total:,} bytes on a device")
     return *others, state
 
 
@@ -42,7 +38,7 @@ def train(choice, steps=30, **settings):
     settings = {"run_name": opt_type, "enable_checkpointing": False} | settings
     settings |= {"opt_type": opt_type, "learning_rate": rate, "steps": steps}
     settings |= {"base_output_directory": FOLDER, "metrics_file": metrics}
-    maxtext.main(["", str(CONFIG), *(f"{k}={value}" for k, value in settings.items())])
+    maxtext.main(["", CONFIG, *(f"{k}={value}" for k, value in settings.items())])
     return json.loads(metrics.read_text().splitlines()[-1])["learning/loss"]
 
 
@@ -54,12 +50,11 @@ if __name__ == "__main__":
     warnings.filterwarnings("error", message=".*(blocks|params_sharding)")
     train_utils.setup_train_loop = setup_and_measure
     straight = train((soap, "adamw", 0.01), run_name="soap")
+    saved = {"run_name": "resumed", "enable_checkpointing": True}
     for steps in (15, 30):  # The second call resumes where the first one ended.
-        options = {"run_name": "resumed", "enable_checkpointing": True}
-        loss = train((soap, "adamw", 0.01), steps, **options)
-    if loss != straight:
-        raise SystemExit(f"maxtext: a resumed training gave {loss}, not {straight}")
-    rates, chosen = (1e-2, 3e-2, 1e-1), {"SOAP": of(soap, "adamw")}
-    chosen |= {"AdamW": of(theirs, "adamw"), "Muon": of(theirs, "muon")}
-    optimizers_and_rates = {name: (make, rates) for name, make in chosen.items()}
-    compare("maxtext", "pre-training", train, limit=0.01, **optimizers_and_rates)
+        loss = train((soap, "adamw", 0.01), steps, **saved)
+    assert loss == straight, (loss, straight)
+    makes = {"SOAP": of(soap, "adamw"), "AdamW": of(theirs, "adamw")}
+    makes["Muon"] = of(theirs, "muon")
+    compared = {name: (make, (1e-2, 3e-2, 1e-1)) for name, make in makes.items()}
+    compare("maxtext", "pre-training", train, limit=0.01, **compared)

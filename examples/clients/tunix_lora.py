@@ -10,9 +10,8 @@ import typing
 
 import jax
 import numpy as np
-import optax
 import qwix
-from common import compare, schedule, text
+from common import compare, nadam, schedule, text
 from flax import nnx
 from tunix.models.llama3 import model as llama3
 from tunix.sft import peft_trainer, utils
@@ -56,7 +55,6 @@ if __name__ == "__main__":
     loss = fit(BASE, soap_optax.soap(schedule(1e-2, STEPS), nesterov=True), typing)
     print(f"google-tunix, all parameters: SOAP ended at a loss of {loss:.4g}")
     soap = functools.partial(soap_optax.soap, nesterov=True, one_sided=True)
-    nadamw = functools.partial(optax.nadamw, b1=0.95, b2=0.95, weight_decay=0.0)
-    optimizers = {"SOAP": (soap, (1e-2, 3e-2, 1e-1))}
-    optimizers["NAdamW"] = (nadamw, (1e-2, 3e-2, 1e-1))
-    compare("google-tunix", "LoRA", train, STEPS, **optimizers)
+    rates = (1e-2, 3e-2, 1e-1)
+    runs = {"SOAP": (soap, rates), "NAdam": (nadam, rates)}
+    compare("google-tunix", "LoRA", train, STEPS, **runs)
