@@ -8,7 +8,6 @@ import functools
 
 import flax.linen as nn
 import jax
-import numpy as np
 from common import RECIPE, compare, nadam, text
 from flax.training.train_state import TrainState
 from optax import softmax_cross_entropy_with_integer_labels as cross_entropy
@@ -22,8 +21,7 @@ BATCHES = text(STEPS + 1, rows=16, context=48)
 class _Transformer(nn.Module):
     @nn.compact
     def __call__(self, tokens):
-        embed = nn.Embed(320, 64, name="embed")  # bytes, and then positions
-        x = embed(tokens) + embed(256 + np.arange(48))
+        x = nn.Embed(256, 64, name="embed")(tokens)
         mask, y = nn.make_causal_mask(tokens), nn.LayerNorm()(x)
         x = x + nn.SelfAttention(num_heads=4)(y, mask)
         y = nn.gelu(nn.Dense(256)(nn.LayerNorm()(x)))
