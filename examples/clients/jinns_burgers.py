@@ -14,7 +14,7 @@ from common import RECIPE, compare
 
 import soap_optax
 
-STEPS = 600
+STEPS = 1000
 
 
 def problem():

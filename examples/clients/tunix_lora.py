@@ -43,8 +43,8 @@ def fit(model, tx, module):
 
 def train(tx):
     provider = qwix.LoraProvider(module_path=".*", rank=4, alpha=8.0)
-    model = nnx.clone(BASE)
-    model = qwix.apply_lora_to_model(model, provider, **model.get_model_input())
+    inputs = {"rngs": nnx.Rngs(1)} | BASE.get_model_input()
+    model = qwix.apply_lora_to_model(nnx.clone(BASE), provider, **inputs)
     return fit(model, tx, argparse)
 
 
