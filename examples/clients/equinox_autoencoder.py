@@ -8,8 +8,7 @@ import functools
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-import optax
-from common import RECIPE, compare
+from common import RECIPE, compare, nadam
 from sklearn.datasets import load_digits
 
 import soap_optax
@@ -54,7 +53,6 @@ def train(tx):
 
 if __name__ == "__main__":
     soap = functools.partial(soap_optax.soap, **RECIPE)
-    nadam = functools.partial(optax.nadam, b1=0.95, b2=0.95)
     rates = (1e-2, 3e-2, 1e-1)
     optimizers = {"SOAP": (soap, rates), "NAdam": (nadam, rates)}
     compare("equinox", "autoencoder", train, STEPS, **optimizers)

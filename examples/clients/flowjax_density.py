@@ -43,9 +43,8 @@ def train(tx):
 
 
 if __name__ == "__main__":
-    soap = functools.partial(
-        soap_optax.soap, dimension_numbers=soap_optax.matrices(), clip_update_rms=1.0
-    )
+    numbers = soap_optax.matrices()
+    soap = functools.partial(soap_optax.soap, dimension_numbers=numbers)
     adam = functools.partial(optax.adam, b1=0.95, b2=0.95)
     rates = (1e-2, 3e-2, 1e-1)
     optimizers = {"SOAP": (soap, rates), "Adam": (adam, rates)}

@@ -9,7 +9,7 @@ import haiku as hk
 import jax
 import jax.numpy as jnp
 import optax
-from common import compare
+from common import compare, nadam
 from sklearn.datasets import load_digits
 
 import soap_optax
@@ -42,7 +42,6 @@ def train(tx):
 
 if __name__ == "__main__":
     soap = functools.partial(soap_optax.soap, nesterov=True)
-    nadam = functools.partial(optax.nadam, b1=0.95, b2=0.95)
-    rates = (3e-2, 1e-1, 3e-1)
-    optimizers = {"SOAP": (soap, rates), "NAdam": (nadam, rates)}
+    optimizers = {"SOAP": (soap, (3e-2, 1e-1, 3e-1))}
+    optimizers["NAdam"] = (nadam, (1e-2, 3e-2, 1e-1))
     compare("dm-haiku", "digits", train, STEPS, **optimizers)

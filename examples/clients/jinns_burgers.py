@@ -9,8 +9,7 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import jinns
-import optax
-from common import RECIPE, compare
+from common import RECIPE, compare, nadam
 
 import soap_optax
 
@@ -48,7 +47,6 @@ def train(tx):
 
 if __name__ == "__main__":
     soap = functools.partial(soap_optax.soap, **RECIPE)
-    nadam = functools.partial(optax.nadam, b1=0.95, b2=0.95)
     rates = (1e-2, 3e-2, 1e-1)
     optimizers = {"SOAP": (soap, rates), "NAdam": (nadam, rates)}
     compare("jinns", "Burgers' equation", train, STEPS, **optimizers)

@@ -14,8 +14,7 @@ from optax import softmax_cross_entropy_with_integer_labels as cross_entropy
 
 import soap_optax
 
-STEPS = 100
-BATCHES = text(STEPS + 1, rows=16, context=48)
+BATCHES = text(101, rows=16, context=48)
 
 
 class _Transformer(nn.Module):
@@ -58,4 +57,4 @@ if __name__ == "__main__":
     numbers = functools.partial(jax.tree.map_with_path, numbers_of_one)
     soap = functools.partial(soap_optax.soap, dimension_numbers=numbers, **RECIPE)
     runs = {"SOAP": (soap, (1e-2, 3e-2, 1e-1)), "NAdam": (nadam, (3e-3, 1e-2, 3e-2))}
-    compare("flax", "Linen, text", train, STEPS, **runs)
+    compare("flax", "Linen, text", train, len(BATCHES) - 1, **runs)

@@ -7,7 +7,7 @@ import functools
 
 import jax.numpy as jnp
 import optax
-from common import compare
+from common import compare, nadam
 from flax import nnx
 from sklearn.datasets import load_digits
 
@@ -53,7 +53,6 @@ def train(tx):
 if __name__ == "__main__":
     options = {"nesterov": True, "merge_dims": True, "max_precond_dim": 512}
     soap = functools.partial(soap_optax.soap, **options)
-    nadamw = functools.partial(optax.nadamw, weight_decay=0.0)
     rates = (3e-2, 1e-1, 3e-1)
-    optimizers = {"SOAP": (soap, rates), "NAdamW": (nadamw, rates)}
+    optimizers = {"SOAP": (soap, rates), "NAdam": (nadam, rates)}
     compare("flax", "NNX, digits", train, STEPS, **optimizers)

@@ -49,6 +49,6 @@ def train(optimizer):
 
 if __name__ == "__main__":
     adam = functools.partial(numpyro.optim.Adam, b1=0.95, b2=0.95)
-    rates = (1e-2, 3e-2, 1e-1)
+    rates = (3e-2, 1e-1, 3e-1)
     optimizers = {"SOAP": (soap_optax.soap, rates), "Adam": (adam, rates)}
     compare("numpyro", "SVI of an autoencoder", train, STEPS, **optimizers)

@@ -8,9 +8,8 @@ import functools
 
 import jax
 import jax.numpy as jnp
-import optax
 import optimistix
-from common import RECIPE, compare
+from common import RECIPE, compare, nadam
 
 import soap_optax
 
@@ -47,7 +46,6 @@ def train(tx):
 
 if __name__ == "__main__":
     soap = functools.partial(soap_optax.soap, **RECIPE)
-    nadam = functools.partial(optax.nadam, b1=0.95, b2=0.95)
     rates = (3e-2, 1e-1, 3e-1)
     optimizers = {"SOAP": (soap, rates), "NAdam": (nadam, rates)}
     compare("optimistix", "fit of a function", train, STEPS, **optimizers)
