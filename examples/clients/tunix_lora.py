@@ -57,4 +57,4 @@ if __name__ == "__main__":
     soap = functools.partial(soap_optax.soap, nesterov=True, one_sided=True)
     rates = (1e-2, 3e-2, 1e-1)
     runs = {"SOAP": (soap, rates), "NAdam": (nadam, rates)}
-    compare("google-tunix", "LoRA", train, STEPS, **runs)
+    compare("google-tunix", "LoRA", train, STEPS, limit=2.0, **runs)
