@@ -47,6 +47,6 @@ def train(tx):
 
 if __name__ == "__main__":
     soap = functools.partial(soap_optax.soap, **RECIPE)
-    rates = (3e-2, 1e-1, 3e-1)
-    optimizers = {"SOAP": (soap, rates), "NAdam": (nadam, rates)}
+    optimizers = {"SOAP": (soap, (3e-2, 1e-1, 3e-1))}
+    optimizers["NAdam"] = (nadam, (1e-2, 3e-2, 1e-1))
     compare("jinns", "Burgers' equation", train, STEPS, **optimizers)

@@ -7,6 +7,7 @@ import flax.linen as nn
 import jax
 import optax
 from flax import nnx
+from maxtext.optimizers import optimizers
 from maxtext.utils import muon_utils, sharding
 
 import soap_optax
@@ -24,6 +25,7 @@ def get_optimizer(config, schedule, model, mesh, block_size=None):
         eps_root=config.adam_eps_root,
         mu_dtype=config.mu_dtype or None,
         weight_decay=config.adam_weight_decay,
+        mask=optimizers.get_adamw_mask(config),
         dimension_numbers=muon_utils.get_muon_weight_dimension_numbers(model, config),
         params_sharding=shardings,
         block_size=block_size,
