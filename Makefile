@@ -1,13 +1,14 @@
 # make train and make test set up what they need in $(VENV).
 PYTHON ?= python3
 VENV ?= .venv
+EXTRA ?= test
 BIN := $(VENV)/bin
 # Tests of a group share what one process has compiled.
 PYTEST := pytest -n 2 --dist loadgroup
 
 .PHONY: help setup train train-sharded reliability experiments bench tpu-check \
 	gpu-check test test-default-flags test-slow test-oldest test-clients dist-check \
-	lint format clean
+	release-check docs docs-setup docs-serve lint format clean
 
 help:
 	@echo "make train          SOAP, Muon and AdamW on a small language model, with a plot"
@@ -23,6 +24,9 @@ help:
 	@echo "make test-oldest    the tests on the oldest supported JAX and optax"
 	@echo "make test-clients   trainings with programs of others, which docs/clients.md lists"
 	@echo "make dist-check     the wheel, built and used in environments of its own"
+	@echo "make docs           the documentation site, in site/, with every link checked"
+	@echo "make docs-serve     the documentation site in a browser, renewed at each change"
+	@echo "make release-check TAG=v1.2.3  the same for a release, which is then in dist/"
 	@echo "make format         format the code"
 	@echo "PYTHON=python3.12 VENV=.venv-3.12 choose another interpreter."
 
@@ -32,7 +36,7 @@ $(VENV)/.installed: pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 		{ echo "soap_optax needs Python 3.11 or newer; set PYTHON"; exit 1; }
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e ".[test]" $(PINS)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e ".[$(EXTRA)]" $(PINS)
 	@touch $@
 
 train: setup
@@ -53,8 +57,10 @@ experiments: setup
 		--curves docs/results/curves
 	$(BIN)/python experiments/pinn.py --out docs/results
 	$(BIN)/python experiments/vision.py --out docs/results
+	$(BIN)/python experiments/complex_parameters.py --out docs/results
 
 bench: setup
+	OPENBLAS_NUM_THREADS=1 $(BIN)/python benchmarks/small.py --out docs/results
 	$(BIN)/python benchmarks/steps.py --out docs/results
 	$(BIN)/python benchmarks/steps.py --out docs/results --preset 24-layers \
 		--rows soap --parts steps
@@ -128,9 +134,31 @@ test-clients: .venv-clients/.installed .venv-clients-llm/.installed
 dist-check:
 	$(PYTHON) .ci/check_dist.py
 
+release-check:
+	$(PYTHON) .ci/check_dist.py --release $(TAG)
+
+# In an environment of its own.
+docs-setup:
+	$(MAKE) setup VENV=.venv-docs EXTRA=docs
+	$(MAKE) docs/katex
+
+docs: docs-setup
+	NO_MKDOCS_2_WARNING=1 .venv-docs/bin/mkdocs build
+
+docs-serve: docs-setup
+	NO_MKDOCS_2_WARNING=1 .venv-docs/bin/mkdocs serve
+
+# KaTeX sets the formulas. The environment has an npm of its own.
+docs/katex:
+	PATH=$(CURDIR)/.venv-docs/bin:$$PATH npm install --silent --no-save \
+		--prefix .venv-docs katex@0.19
+	mkdir $@
+	cd .venv-docs/node_modules/katex/dist && cp -r fonts katex.min.css katex.min.js \
+		contrib/auto-render.min.js $(CURDIR)/$@
+
 format: setup
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
 clean:
-	rm -rf .venv* runs dist .mypy_cache .pytest_cache .ruff_cache
+	rm -rf .venv* runs dist site docs/katex .mypy_cache .pytest_cache .ruff_cache

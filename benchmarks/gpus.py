@@ -70,7 +70,6 @@ device_description_str: "NVIDIA H200"
 ROWS = (
     "adamw",
     "soap",
-    "cholesky_qr",
     "blocks 512",
     "bf16 mu",
     "bf16 factors",

@@ -80,8 +80,7 @@ PODS = {
 }
 OPTIMIZERS = {
     "adamw": {"optimizer": "adamw"},
-    "soap qr": {"refresh": "qr"},
-    "soap cholesky_qr": {"refresh": "cholesky_qr"},
+    "soap": {},
     "soap no blocks": {"block_size": None},
 }
 
@@ -92,7 +91,7 @@ class Check:
 
     out: Path = Path("runs/pods")
     pods: tuple[str, ...] = tuple(PODS)
-    optimizers: tuple[str, ...] = ("adamw", "soap qr")
+    optimizers: tuple[str, ...] = ("adamw", "soap")
     step: bool = True
     """Compile the training step, too, and not only the update of the optimizer."""
 

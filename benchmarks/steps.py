@@ -94,7 +94,7 @@ ROWS: dict[str, Callable[[], optax.GradientTransformation]] = {
     "blocks 256": lambda: soap(block_size=256),
     **{
         f"products {precision}": functools.partial(
-            soap, precision=precision, refresh="cholesky_qr", **IDENTITY
+            soap, precision=precision, **IDENTITY
         )
         for precision in ("highest", "high", "default", "bfloat16")
     },
@@ -108,20 +108,12 @@ ROWS: dict[str, Callable[[], optax.GradientTransformation]] = {
     ),
 }
 
-
-MEMBERS = 8
-ENSEMBLES = {
-    "MLP of width 128": [(64, 128), (128,), (128, 128), (128,), (128, 10), (10,)],
-    "128 x 128, 128 x 256": [(128, 128), (128, 256)],
-}
-
 DEFAULT_PARTS = (
     "steps",
     "refreshes",
     "compiling",
     "precisions",
     "training",
-    "ensembles",
 )
 
 
@@ -516,11 +508,10 @@ def training(bench: Bench) -> Iterator[dict[str, Any]]:
     """The share of the optimizer in a step of training, against tokens a step."""
     shape = PRESETS[bench.preset]
     params, gradient = model_of(shape)
-    refresh = DEFAULT_METHOD if jax.default_backend() == "cpu" else "cholesky_qr"
     optimizers = {
         "adamw": ROWS["adamw"](),
-        "soap f=10": soap(refresh=refresh),
-        "soap f=1": soap(refresh=refresh, precondition_frequency=1),
+        "soap f=10": soap(),
+        "soap f=1": soap(precondition_frequency=1),
     }
     cost = {name: optimizer_seconds(tx, params) for name, tx in optimizers.items()}
     for batch in bench.batches:
@@ -588,65 +579,9 @@ def optimizer_seconds(tx: optax.GradientTransformation, params: Tree) -> float:
     return float(np.mean(spent[11:]))
 
 
-def ensembles(bench: Bench) -> Iterator[dict[str, Any]]:
-    """Steps of 8 members at once, beside 8 steps of one: means over cycles.
-
-    The ways take a cycle of f = 10 steps each in turn.
-    """
-    for model, sizes in ENSEMBLES.items():
-        tx = soap(dimension_numbers=None)
-        ways = {
-            "one": tx.update,
-            "vmap": jax.vmap(tx.update),
-            "lax.map": lambda *xs: jax.lax.map(lambda x: tx.update(*x), xs),  # noqa: B023
-        }
-        cycles = {
-            name: cycles_of(tx, update, sizes, () if name == "one" else (MEMBERS,))
-            for name, update in ways.items()
-        }
-        count = 4 * bench.cycles + 1
-        times = [{name: next(c) for name, c in cycles.items()} for _ in range(count)]
-        median = {
-            name: float(np.median([row[name] for row in times[1:]])) for name in ways
-        }
-        yield {
-            "model": model,
-            "members": MEMBERS,
-            "one_ms": 1e3 * median["one"],
-            "vmap_ms": 1e3 * median["vmap"],
-            "lax_map_ms": 1e3 * median["lax.map"],
-            "vmap_over_members": median["vmap"] / (MEMBERS * median["one"]),
-        }
-
-
-def cycles_of(
-    tx: optax.GradientTransformation,
-    update: Callable[..., Any],
-    sizes: list[tuple[int, ...]],
-    lead: tuple[int, ...],
-) -> Iterator[float]:
-    """Yields the mean seconds of the steps in a cycle, again and again."""
-    keys = jax.random.split(jax.random.key(0), len(sizes))
-    params = [
-        jax.random.normal(key, lead + size)
-        for key, size in zip(keys, sizes, strict=True)
-    ]
-    state = jax.vmap(tx.init)(params) if lead else tx.init(params)
-    step = jax.jit(
-        lambda state, grads, params: update(grads, state, params)[::-1],
-        donate_argnums=0,
-    )
-    while True:
-        spent = []
-        for _ in range(10):
-            one, (state, _) = seconds(step, state, params, params)
-            spent.append(one)
-        yield float(np.mean(spent))
-
-
 PARTS = {
     part.__name__: part
-    for part in (steps, refreshes, compiling, precisions, training, ensembles, peers)
+    for part in (steps, refreshes, compiling, precisions, training, peers)
 }
 
 

@@ -42,7 +42,16 @@ from train_lm import (
     make_state,
     read_tokens,
 )
-from tuning import Config, Seeds, base, climb, curves, mean, saved, with_seeds
+from tuning import (
+    Config,
+    Seeds,
+    base,
+    best_settings,
+    curves,
+    mean,
+    saved,
+    with_seeds,
+)
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
@@ -76,9 +85,13 @@ RATES = ("learning_rate", "adam_learning_rate")
 ADAM_ALONE, MATRICES_ALONE = ("adam_learning_rate",), ("learning_rate",)
 APART = (ADAM_ALONE, MATRICES_ALONE)
 """The settings that are sought only where Adam has matrices of its own."""
-FREQUENCIES = (1, 3, 10, 30, 100)
-FREQUENCY_OPTIMIZERS = {"SOAP": "SOAP, f=10", "Shampoo": "Shampoo"}
-"""Names without a frequency, and the labels of the settings to start from."""
+FREQUENCIES = (1, 4, 10, 30, 100)
+FREQUENCY_OPTIMIZERS = {
+    "SOAP, recipe": "SOAP",
+    "SOAP": "SOAP, f=10",
+    "Shampoo": "Shampoo",
+}
+"""Names without a frequency, and the labels of the settings that are taken."""
 BATCHES = (32, 128, 512)
 BATCH_OPTIMIZERS = ("AdamW", "NAdamW", "SOAP")
 _ONE_SIDED = {"one_sided": True, "factors": "shampoo"}
@@ -187,7 +200,9 @@ def tuned(
             for label, config in best.items()
             if has_two_rates(config) or fields not in APART
         }
-        found, new = climb(experiment.curves, members, fields, experiment.search_seeds)
+        found, new = best_settings(
+            experiment.curves, members, fields, experiment.search_seeds
+        )
         best |= found
         tried |= {(label, of_seeds[0].config): of_seeds for label, of_seeds in new}
     return best, [(label, of_seeds) for (label, _), of_seeds in tried.items()]
@@ -227,7 +242,7 @@ def with_best_rates(
     experiment: Experiment, starts: dict[Any, Config]
 ) -> dict[Any, Seeds]:
     """The same with the best learning rates, sought from these starts."""
-    best, _ = climb(experiment.curves, starts, RATES, experiment.search_seeds)
+    best, _ = best_settings(experiment.curves, starts, RATES, experiment.search_seeds)
     return of_all_seeds(experiment, best)
 
 
@@ -362,21 +377,23 @@ def stepper(config: Config) -> Callable[[int], None]:
 
 
 def frequency(experiment: Experiment) -> None:
-    """Seeks both learning rates anew for each frequency."""
-    experiment = only(experiment, "NAdamW", "Shampoo", "SOAP, f=10")
+    """Changes the frequency alone, with the best settings of each optimizer."""
+    labels = FREQUENCY_OPTIMIZERS.values()
+    experiment = only(experiment, "NAdamW", *labels)
     best, _ = tuned(experiment, experiment.lengths[0])
-    starts = {
+    configs = {
         (name, count): dataclasses.replace(best[label], precondition_frequency=count)
         for name, label in FREQUENCY_OPTIMIZERS.items()
         for count in FREQUENCIES
     }
+    found = of_all_seeds(experiment, {"NAdamW": best["NAdamW"], **configs})
+    nadamw = mean(found.pop("NAdamW"))
     rows = [
         {"optimizer": name, "precondition_frequency": count, **outcome(of_seeds)}
-        for (name, count), of_seeds in with_best_rates(experiment, starts).items()
+        for (name, count), of_seeds in found.items()
     ]
     report(rows, experiment.out / "frequency.csv")
-    (nadamw,) = of_all_seeds(experiment, {"NAdamW": best["NAdamW"]}).values()
-    plot_frequency(rows, mean(nadamw), experiment.out / "frequency.png")
+    plot_frequency(rows, nadamw, experiment.out / "frequency.png")
 
 
 def plot_frequency(rows: list[dict[str, Any]], nadamw: float, path: Path) -> None:

@@ -16,7 +16,7 @@ seeds run at the rate with the least error. Errors are relative and in L2, on a 
 import dataclasses
 import functools
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,7 @@ import numpy as np
 import optax
 import tyro
 from results import Row, report, run_all
+from search import climb
 
 import soap_optax
 
@@ -389,42 +390,32 @@ def plot(jobs: list[Job], runs: Runs, path: Path) -> None:
     figure.savefig(path, dpi=100)
 
 
-def sweep(starts: list[Job], train_all: Callable[[list[Job]], Runs]) -> list[Job]:
-    """The best job for each one of `starts`, whose neighbouring rates are worse."""
-    best = starts
-    while True:
-        rivals = []
-        for job in best:
-            at = RATES.index(job.rate)
-            near = RATES[max(at - 1, 0) : at + 2]
-            rivals.append([dataclasses.replace(job, rate=rate) for rate in near])
-        runs = train_all([job for near in rivals for job in near])
-        better = [
-            min(near, key=lambda job: final_error(runs[job.name])) for near in rivals
-        ]
-        if better == best:
-            return best
-        best = better
+def neighbours(job: Job) -> list[Job]:
+    """The jobs at the next lower and the next higher rate."""
+    at = RATES.index(job.rate)
+    rates = [*RATES[max(at - 1, 0) : at], *RATES[at + 1 : at + 2]]
+    return [dataclasses.replace(job, rate=rate) for rate in rates]
 
 
 def main(experiment: Experiment) -> None:
     jobs: dict[str, Job] = {}
     runs: Runs = {}
 
-    def train_all(some: list[Job]) -> Runs:
+    def train_all(some: Sequence[Job]) -> list[list[dict[str, str]]]:
         named = {job.name: job for job in some}
         jobs.update(named)
         runs.update(run_all(train, named, experiment.runs))
-        return runs
+        return [runs[job.name] for job in some]
 
-    starts = [
-        Job(name, optimizer, FIRST_RATE, 0, problem.steps)
+    starts = {
+        (name, optimizer): Job(name, optimizer, FIRST_RATE, 0, problem.steps)
         for name, problem in PROBLEMS.items()
         for optimizer in OPTIMIZERS
-    ]
+    }
+    best, _ = climb(starts, neighbours, train_all, final_error)
     tuned = [
-        dataclasses.replace(best, seed=seed)
-        for best in sweep(starts, train_all)
+        dataclasses.replace(job, seed=seed)
+        for job in best.values()
         for seed in range(SEEDS)
     ]
     train_all(tuned)

@@ -477,6 +477,49 @@ def turning_quadratic(
     return jax.lax.scan(step, carry, first + jnp.arange(steps))[0]
 
 
+# --- checkpoints ---------------------------------------------------------------------
+
+
+def checkpoints(steps: int = 204) -> Iterator[Row]:
+    """How the next update changes if a state is restored without its eigenbases.
+
+    They are made from the factors by `eigh`, in the order of
+    the eigenvalues, as those of the first step are.
+    """
+    for name, make in {
+        "SOAP": soap_optax.scale_by_soap,
+        "recipe": functools.partial(
+            soap_optax.scale_by_soap, basis="current", factors="kl", nesterov=True
+        ),
+    }.items():
+        tx = make()
+        _, state = simulation(tx, uneven, steps)(0)
+        whole = jax.tree.map(jnp.asarray, state)
+        without = whole._replace(eigenbases=jax.tree.map(eigenvectors, whole.factors))
+        gradient = uneven(jax.random.key(0), jnp.asarray(steps))
+        update, other = (tx.update(gradient, one)[0] for one in (whole, without))
+        sizes = [x.nbytes for x in jax.tree.leaves(whole)]
+        missing = [x.nbytes for x in jax.tree.leaves(whole.eigenbases)]
+        yield {
+            "optimizer": name,
+            "share of the eigenbases in the state": sum(missing) / sum(sizes),
+            "difference of the update": float(rms(update - other) / rms(update)),
+        }
+
+
+def uneven(key: jax.Array, step: jax.Array) -> jax.Array:
+    """A steady gradient with noise that is larger in some directions than in others."""
+    rows, columns = (10.0 ** jnp.linspace(0, -2, size) for size in SHAPE)
+    noise = rows[:, None] * normal(key, step) * columns
+    mix = (jnp.linalg.qr(jax.random.normal(key, (s, s)))[0] for s in SHAPE)
+    left, right = mix
+    return left @ (noise + 0.1 * rows[:, None] * columns) @ right
+
+
+def eigenvectors(factor: jax.Array) -> jax.Array:
+    return jnp.linalg.eigh(factor)[1][..., ::-1]
+
+
 # --- command -------------------------------------------------------------------------
 
 PARTS: dict[str, Callable[[], Iterator[Row]]] = {
@@ -489,6 +532,7 @@ PARTS: dict[str, Callable[[], Iterator[Row]]] = {
     "rare_rows": rare_rows,
     "rare_words": rare_words,
     "loss": loss,
+    "checkpoints": checkpoints,
 }
 
 

@@ -16,6 +16,7 @@ import members
 import numpy as np
 import recipes  # noqa: F401  This adds optimizers and models to the trainer.
 from results import Row, run_all
+from search import climb
 from train_lm import UNTUNED, Config, train
 
 HALF_DECADES = (1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1, 1.0, 3.0)
@@ -25,10 +26,6 @@ LADDERS: dict[str, Sequence[float]] = {
     "b2": (0.8, 0.9, 0.95, 0.98, 0.99, 0.995, 0.999),
 }
 """The values of each setting."""
-
-
-# The same step up to round-off: one is fast on a CPU, and one on an accelerator.
-QR = "qr" if jax.default_backend() == "cpu" else "cholesky_qr"
 
 
 def base(steps: int) -> Config:
@@ -46,7 +43,7 @@ def base(steps: int) -> Config:
         nesterov=True,
         adam=("embed",),
         diagnose=False,
-        **UNTUNED | {"refresh": QR},
+        **UNTUNED,
     )
 
 
@@ -125,7 +122,7 @@ def mean(of_seeds: Seeds) -> float:
     return float(np.mean([curve.final for curve in of_seeds]))
 
 
-def climb(
+def best_settings(
     folder: Path, starts: Mapping[Any, Config], fields: Sequence[str], seeds: int
 ) -> tuple[dict[Any, Config], list[tuple[Any, Seeds]]]:
     """Moves settings of each configuration to where no step to either side is better.
@@ -141,21 +138,13 @@ def climb(
     Returns:
       The best configurations by label, and all that were tried with their labels.
     """
-    best, found = dict(starts), {}
-    while True:
-        wanted = {
-            label: [config, *neighbours(config, fields)]
-            for label, config in best.items()
-        }
-        pairs = [(label, c) for label, configs in wanted.items() for c in configs]
-        new = with_seeds(folder, [config for _, config in pairs], seeds)
-        found |= dict(zip(pairs, new, strict=True))
-        before, best = best, {}
-        for label, configs in wanted.items():
-            losses = [mean(found[label, config]) for config in configs]
-            best[label] = configs[int(np.argmin(losses))]
-        if best == before:
-            return best, [(label, of_seeds) for (label, _), of_seeds in found.items()]
+    best, found = climb(
+        starts,
+        lambda config: neighbours(config, fields),
+        lambda configs: with_seeds(folder, configs, seeds),
+        mean,
+    )
+    return best, [(label, of_seeds) for (label, _), of_seeds in found.items()]
 
 
 def with_seeds(folder: Path, configs: Sequence[Config], seeds: int) -> list[Seeds]:

@@ -53,7 +53,7 @@ def diagnostics(
     Raises:
       ValueError: if the state holds no `EigenbasisState`, or two of one parameter.
 
-    Example:
+    Examples:
       >>> import jax, jax.numpy as jnp, soap_optax
       >>> tx = soap_optax.soap(3e-3)
       >>> params = {"w": jnp.ones((4, 3)), "b": jnp.ones(3)}

@@ -90,7 +90,7 @@ def in_eigenbasis(
         that are not real floating point, for dimension numbers that do not fit, and for
         updates that differ from the parameters of `init`, naming the parameter.
 
-    Example:
+    Examples:
       >>> import jax.numpy as jnp, optax, soap_optax
       >>> lion = soap_optax.in_eigenbasis(optax.scale_by_lion())
       >>> tx = optax.chain(lion, optax.scale_by_learning_rate(1e-3))

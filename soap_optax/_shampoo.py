@@ -66,25 +66,25 @@ def shampoo(
 ) -> optax.GradientTransformationExtraArgs:
     r"""Shampoo, with the layouts, blocks and refreshes of `soap`.
 
-    For a matrix :math:`W` of shape `[m, n]` with gradient :math:`G`, at each step:
+    For a matrix $W$ of shape `[m, n]` with gradient $G$, at each step:
 
-    .. math::
+    $$
+    \begin{aligned}
+      M &\leftarrow \beta_1 M + (1 - \beta_1) G \\
+      L &\leftarrow \beta_s L + (1 - \beta_s) G G^\top, \qquad
+      R \leftarrow \beta_s R + (1 - \beta_s) G^\top G \\
+      W &\leftarrow W - \eta \left(\gamma (\hat L + \epsilon I)^{-p} \hat M
+        (\hat R + \epsilon I)^{-p} + \lambda W \right)
+    \end{aligned}
+    $$
 
-      \begin{align*}
-        M &\leftarrow \beta_1 M + (1 - \beta_1) G \\
-        L &\leftarrow \beta_s L + (1 - \beta_s) G G^\top, \qquad
-        R \leftarrow \beta_s R + (1 - \beta_s) G^\top G \\
-        W &\leftarrow W - \eta \left(\gamma (\hat L + \epsilon I)^{-p} \hat M
-          (\hat R + \epsilon I)^{-p} + \lambda W \right)
-      \end{align*}
-
-    where hats are bias corrections, :math:`p` is `power`, :math:`\epsilon` is `eps`,
-    and the other symbols are those of `soap`. Between refreshes the eigenvectors stay
-    and the eigenvalues follow the gradients, so that the roots are those of
-    :math:`Q \operatorname{diag}(Q^\top L Q) Q^\top`, and likewise for :math:`R`. With
-    grafting, :math:`\gamma` gives each block the norm that Adam's update would have.
-    Without grafting it is 1, and with power 1/2 updates grow like the inverse of a
-    shrinking gradient. Adam updates the parameters without factors.
+    where hats are bias corrections, $p$ is `power`, $\epsilon$ is `eps`, and the other
+    symbols are those of `soap`. Between refreshes the eigenvectors stay and the
+    eigenvalues follow the gradients, so that the roots are those of
+    $Q \operatorname{diag}(Q^\top L Q) Q^\top$, and likewise for $R$. With grafting,
+    $\gamma$ gives each block the norm that Adam's update would have. Without grafting
+    it is 1, and with power 1/2 updates grow like the inverse of a shrinking gradient.
+    Adam updates the parameters without factors.
 
     Args:
       learning_rate: see `soap`, which also describes all arguments not listed here.
@@ -119,7 +119,7 @@ def shampoo(
       ValueError: for an argument that breaks its rule; it names the argument, the rule
         and the value. `in_eigenbasis` lists further reasons.
 
-    Example:
+    Examples:
       >>> import jax.numpy as jnp, optax, soap_optax
       >>> tx = soap_optax.shampoo(learning_rate=0.01, power=0.5)
       >>> w = jnp.zeros((4, 3))
@@ -129,12 +129,12 @@ def shampoo(
       (4, 3)
 
     References:
-      Gupta et al., `Shampoo: Preconditioned Stochastic Tensor Optimization
-      <https://arxiv.org/abs/1802.09568>`_, 2018; Anil et al., `Scalable Second Order
-      Optimization for Deep Learning <https://arxiv.org/abs/2002.09018>`_, 2020, for
-      grafting; Shi et al., `A Distributed Data-Parallel PyTorch Implementation of the
-      Distributed Shampoo Optimizer <https://arxiv.org/abs/2309.06497>`_, 2023, for
-      epsilon.
+      Gupta et al., [Shampoo: Preconditioned Stochastic Tensor
+      Optimization](https://arxiv.org/abs/1802.09568), 2018; Anil et al., [Scalable
+      Second Order Optimization for Deep Learning](https://arxiv.org/abs/2002.09018),
+      2020, for grafting; Shi et al., [A Distributed Data-Parallel PyTorch
+      Implementation of the Distributed Shampoo
+      Optimizer](https://arxiv.org/abs/2309.06497), 2023, for epsilon.
     """
     own: Any = options
     of_others = own.pop("adam_learning_rate"), own.pop("adam_weight_decay")
@@ -174,7 +174,7 @@ def scale_by_shampoo(
     Returns:
       An `optax.GradientTransformationExtraArgs` with state `ShampooState`.
 
-    Example:
+    Examples:
       >>> import optax, soap_optax
       >>> tx = optax.chain(
       ...     soap_optax.scale_by_shampoo(power=0.25, grafting=None),

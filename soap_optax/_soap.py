@@ -41,26 +41,26 @@ def soap(
 ) -> optax.GradientTransformationExtraArgs:
     r"""SOAP: Adam in the slowly turning eigenbasis of Shampoo's preconditioner.
 
-    For a matrix :math:`W` of shape `[m, n]` with gradient :math:`G`, at each step:
+    For a matrix $W$ of shape `[m, n]` with gradient $G$, at each step:
 
-    .. math::
+    $$
+    \begin{aligned}
+      G' &= Q_L^\top G Q_R \\
+      M &\leftarrow \beta_1 M + (1 - \beta_1) G', \qquad
+      V \leftarrow \beta_2 V + (1 - \beta_2) G' \odot G' \\
+      W &\leftarrow W - \eta \left(Q_L \frac{\hat M}{\sqrt{\hat V} + \epsilon}
+        Q_R^\top + \lambda W \right) \\
+      L &\leftarrow \beta_s L + (1 - \beta_s) G G^\top, \qquad
+      R \leftarrow \beta_s R + (1 - \beta_s) G^\top G
+    \end{aligned}
+    $$
 
-      \begin{align*}
-        G' &= Q_L^\top G Q_R \\
-        M &\leftarrow \beta_1 M + (1 - \beta_1) G', \qquad
-        V \leftarrow \beta_2 V + (1 - \beta_2) G' \odot G' \\
-        W &\leftarrow W - \eta \left(Q_L \frac{\hat M}{\sqrt{\hat V} + \epsilon}
-          Q_R^\top + \lambda W \right) \\
-        L &\leftarrow \beta_s L + (1 - \beta_s) G G^\top, \qquad
-        R \leftarrow \beta_s R + (1 - \beta_s) G^\top G
-      \end{align*}
-
-    Every :math:`f` steps the eigenbases :math:`Q_L, Q_R` are refreshed: QR
-    decompositions of :math:`L Q_L` and :math:`R Q_R` give the new ones, and :math:`M`
-    changes to the new basis. :math:`\eta` is `learning_rate`, :math:`\beta_1, \beta_2`
-    are `b1`, `b2`, :math:`\epsilon` is `eps`, :math:`\lambda` is `weight_decay`,
-    :math:`\beta_s` is `shampoo_beta`, :math:`f` is `precondition_frequency`; hats are
-    bias corrections. A k-dimensional parameter has a factor and an eigenbasis per axis.
+    Every $f$ steps the eigenbases $Q_L, Q_R$ are refreshed: QR decompositions of
+    $L Q_L$ and $R Q_R$ give the new ones, and $M$ changes to the new basis. $\eta$ is
+    `learning_rate`, $\beta_1$ and $\beta_2$ are `b1` and `b2`, $\epsilon$ is `eps`,
+    $\lambda$ is `weight_decay`, $\beta_s$ is `shampoo_beta`, and $f$ is
+    `precondition_frequency`. Hats are bias corrections. A k-dimensional parameter has a
+    factor and an eigenbasis per axis.
 
     The function takes the arguments of `optax.adamw` in their order, and the options by
     name. A good learning rate to start with is 3e-3.
@@ -113,19 +113,19 @@ def soap(
         `optax.inject_hyperparams` takes a callable for a schedule, unless
         `static_args` names this option.
       factors: `"shampoo"`, as published, or `"kl"`, as in KL-SOAP, arXiv 2509.03378,
-        where each factor is weighted by the inverse of the other: :math:`L \leftarrow
-        \beta_s L + (1 - \beta_s) G R^{-1} G^\top / n` and :math:`R \leftarrow
-        \beta_s R + (1 - \beta_s) G^\top L^{-1} G / m`.
+        where each factor is weighted by the inverse of the other:
+        $L \leftarrow \beta_s L + (1 - \beta_s) G R^{-1} G^\top / n$ and
+        $R \leftarrow \beta_s R + (1 - \beta_s) G^\top L^{-1} G / m$.
       basis: `"previous"`, as published, rotates a gradient by the basis of the
         gradients before it. The first step only builds the basis, and its update is
         zero but for weight decay. With `"current"`, the factors, which are then
         bias-corrected, and the basis take in each gradient before it is rotated, and
         the first step is a real one.
       refresh: a `soap_optax.RefreshMethod`, or the name of one. `"qr"`, as published,
-        stands for `soap_optax.QR()`, one power step and a QR decomposition.
-        `"cholesky_qr"` stands for `soap_optax.CholeskyQR()`, for GPU and TPU, which
-        gives equal results, up to round-off, from products of matrices, and falls back
-        to the QR decomposition where it fails. `"eigh"` stands for `soap_optax.Eigh()`,
+        stands for `soap_optax.QR()`, one power step and a QR decomposition: on CPU by
+        Householder's method, and on other platforms by products of matrices, with equal
+        results up to round-off. `"cholesky_qr"` stands for `soap_optax.CholeskyQR()`,
+        which takes these products on CPU, too. `"eigh"` stands for `soap_optax.Eigh()`,
         a full decomposition at every refresh.
       refresh_tolerance: share in [0, 1), or None. The refresh of an eigenbasis Q of a
         factor M is skipped while the norm of the off-diagonal part of Q^T M Q is at
@@ -180,7 +180,7 @@ def soap(
       ValueError: for an argument that breaks its rule; it names the argument, the rule
         and the value. `in_eigenbasis` lists further reasons.
 
-    Example:
+    Examples:
       >>> import jax, jax.numpy as jnp, optax, soap_optax
       >>> tx = soap_optax.soap(learning_rate=0.01, precondition_frequency=5)
       >>> target = jnp.arange(12.0).reshape(4, 3)
@@ -194,8 +194,8 @@ def soap(
       True
 
     References:
-      Vyas et al., `SOAP: Improving and Stabilizing Shampoo using Adam
-      <https://arxiv.org/abs/2409.11321>`_, 2024
+      Vyas et al., [SOAP: Improving and Stabilizing Shampoo using
+      Adam](https://arxiv.org/abs/2409.11321), 2024
     """
     own: Any = options
     of_others = own.pop("adam_learning_rate"), own.pop("adam_weight_decay")
@@ -233,7 +233,7 @@ def scale_by_soap(
     Returns:
       An `optax.GradientTransformationExtraArgs` with state `EigenbasisState`.
 
-    Example:
+    Examples:
       >>> import optax, soap_optax
       >>> tx = optax.chain(
       ...     optax.clip_by_global_norm(1.0),

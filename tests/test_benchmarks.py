@@ -5,6 +5,7 @@ import dataclasses
 import jax
 import pytest
 import results
+import small
 import steps
 
 
@@ -37,6 +38,19 @@ def test_every_part_writes_its_table(tmp_path):
     assert len(tables["refreshes"]) == 5
     in_batches, leaf_by_leaf, *_ = tables["compiling"]
     assert (in_batches["qr"], leaf_by_leaf["qr"]) == ("3", "28")
-    assert [float(row["members"]) for row in tables["ensembles"]] == [8, 8]
     assert all(row["jax"] == jax.__version__ for t in tables.values() for row in t)
     assert (tmp_path / "bench_tiny_cpu_steps.png").stat().st_size > 0
+
+
+@pytest.mark.slow
+def test_small_models_have_tables(tmp_path):
+    small.main(small.Bench(turns=1, steps=3, out=tmp_path))
+    device = jax.default_backend()
+    loops, ensembles = (
+        results.read(tmp_path / f"bench_small_{device}_{part}.csv")
+        for part in ("loops", "ensembles")
+    )
+    assert [row["optimizer"] for row in loops] == list(small.LOOPS)
+    assert float(loops[2]["scan_over_soap_without_refreshes"]) == 1
+    assert all(float(row["scan_us"]) > 0 for row in loops)
+    assert [float(row["members"]) for row in ensembles] == [8, 8]

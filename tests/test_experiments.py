@@ -125,7 +125,7 @@ def finished(tmp_path):
 
 def test_a_search_ends_where_both_neighbours_are_worse(finished):
     starts = {"a": BASE, "b": dataclasses.replace(BASE, optimizer="adamw")}
-    best, tried = tuning.climb(finished, starts, ["learning_rate"], seeds=1)
+    best, tried = tuning.best_settings(finished, starts, ["learning_rate"], seeds=1)
     assert {label: c.learning_rate for label, c in best.items()} == {
         "a": 0.003,
         "b": 0.003,
@@ -133,13 +133,13 @@ def test_a_search_ends_where_both_neighbours_are_worse(finished):
     of_a = {c.config.learning_rate for label, (c,) in tried if label == "a"}
     assert of_a == {0.1, 0.03, 0.01, 0.003, 0.001}
     assert all(c.config.adam_learning_rate in (None, 0.03) for _, (c,) in tried)
-    best, _ = tuning.climb(finished, best, ["adam_learning_rate"], seeds=1)
+    best, _ = tuning.best_settings(finished, best, ["adam_learning_rate"], seeds=1)
     assert best["a"].adam_learning_rate == 0.1
 
 
 def test_rates_move_together(finished):
     rates = ("learning_rate", "adam_learning_rate")
-    best, tried = tuning.climb(finished, {"a": BASE}, rates, seeds=1)
+    best, tried = tuning.best_settings(finished, {"a": BASE}, rates, seeds=1)
     assert best["a"].learning_rate in (0.01, 0.03)
     assert {c.config.adam_learning_rate for _, (c,) in tried} == {None}
 
@@ -153,7 +153,9 @@ def test_a_search_compares_means_over_seeds(tmp_path):
         row = {"step": 300, "validation_loss": of_seeds[seed]}
         results.write(folder / f"{tuning.name_of(config)}.csv", [row])
     start = dataclasses.replace(BASE, learning_rate=0.03, adam_learning_rate=0.3)
-    best, tried = tuning.climb(tmp_path, {"a": start}, ["learning_rate"], seeds=2)
+    best, tried = tuning.best_settings(
+        tmp_path, {"a": start}, ["learning_rate"], seeds=2
+    )
     assert best == {"a": start}
     assert [[c.final for c in of_seeds] for _, of_seeds in tried] == [
         [2.0, 2.0],

@@ -3,7 +3,7 @@
 `WORKS` runs against the transformation itself with everything that is odd kept in the
 coordinates of the parameters. An array is odd if it flips with the coordinates of
 gradients and parameters, even if it stays; that is found by flipping them. The verdicts
-are those of docs/inner_transformations.md.
+are those of docs/family.md.
 """
 
 import dataclasses
@@ -679,7 +679,7 @@ def test_every_public_name_has_one_verdict():
 
 def documented():
     """Reads from the table of the docs each name, its verdict and what to say."""
-    text = (ROOT / "docs" / "inner_transformations.md").read_text(encoding="utf-8")
+    text = (ROOT / "docs" / "family.md").read_text(encoding="utf-8")
     for row in re.findall(r"^\| `.*\|$", text, re.MULTILINE):
         names, verdict, say = (cell.strip() for cell in row.strip("|").split("|"))
         for name in re.findall(r"`(\w+)`", names):

@@ -60,18 +60,11 @@ def test_windows_are_trained_one_after_another(monkeypatch):
     assert np.isfinite([row["loss"] for row in rows]).all()
 
 
-def test_a_search_ends_where_both_neighbours_are_worse():
-    starts = [pinn.Job("Burgers", "Adam", rate, 0, 10) for rate in (1e-4, 3e-2)]
-    tried = set()
+def test_a_search_tries_the_rates_to_both_sides():
+    def rates(rate):
+        job = pinn.Job("Burgers", "Adam", rate, 0, 10)
+        return [near.rate for near in pinn.neighbours(job)]
 
-    def train_all(jobs):
-        tried.update(job.rate for job in jobs)
-        return {
-            job.name: [{"error": str(abs(np.log(job.rate / 3e-3)))}]
-            if job.rate < 0.1
-            else [{"error": "nan"}]
-            for job in jobs
-        }
-
-    assert {job.rate for job in pinn.sweep(starts, train_all)} == {3e-3}
-    assert tried == set(pinn.RATES)
+    assert rates(1e-2) == [3e-3, 3e-2]
+    assert rates(pinn.RATES[0]) == [3e-4]
+    assert rates(pinn.RATES[-1]) == [3e-2]

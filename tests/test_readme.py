@@ -36,6 +36,14 @@ def test_every_option_is_described(function):
         assert re.search(rf"^ +{name}: ", docstring, re.M), name
 
 
+def test_every_public_name_is_in_the_api():
+    page = (ROOT / "docs" / "api.md").read_text()
+    listed = re.findall(r"^::: soap_optax\.(\w+)$", page, re.M)
+    modules = {"mesh", "parameters", "refresh"}
+    public = {name for name in vars(soap_optax) if not name.startswith("_")}
+    assert sorted(listed) == sorted(public - modules)
+
+
 def test_functions_that_belong_together_have_the_same_options():
     def options(function):
         parameters = inspect.signature(function).parameters.values()

@@ -72,6 +72,36 @@ def test_orthonormal(method, dtype, times):
     assert np.isfinite(values).all() and np.all(values >= 0)
 
 
+def gradients_with_multiples():
+    """Gradients for which rows of the power step are multiples of one another."""
+    rng = np.random.default_rng(3)
+    few, many = rng.normal(size=(SIZE, 5)), rng.normal(size=(SIZE, 2 * SIZE))
+    few[1::2], many[1::2] = few[::2], many[::2]
+    dead = np.where(np.arange(SIZE)[:, None] < SIZE // 2, rng.normal(size=few.shape), 0)
+    return [few, many, np.ones((SIZE, 3)), dead, dead + 1e-4 * few]
+
+
+@pytest.mark.parametrize("decompose", [None, True])
+@pytest.mark.parametrize("start", [np.eye(SIZE), orthogonal(2)], ids=["eye", "turned"])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("method", METHODS)
+def test_rows_that_are_multiples_of_one_another(method, dtype, start, decompose):
+    gradients = gradients_with_multiples()
+    matrices = jnp.asarray(np.stack([g @ g.T for g in gradients]), dtype)
+    bases = jnp.broadcast_to(jnp.asarray(start, dtype), matrices.shape)
+    request = RefreshRequest(decompose)
+    wanted = jnp.ones(len(matrices), bool)
+    new = jax.jit(METHODS[method].refresh)(matrices, bases, wanted, request)
+    assert new.is_new.all()
+    bases = np.asarray(new.eigenbases)
+    tolerance = 20 * float(jnp.finfo(dtype).eps)
+    gram = bases.swapaxes(-2, -1) @ bases
+    np.testing.assert_allclose(gram - np.eye(SIZE), 0, atol=tolerance)
+    for g, values in zip(gradients[:4], new.eigenvalues[:4], strict=True):
+        rank = np.linalg.matrix_rank(g)
+        assert np.all(np.sort(values)[:-rank] <= 1e-3 * np.max(values))
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("method", METHODS)
 def test_deterministic_and_as_if_alone(method, dtype):
@@ -243,9 +273,11 @@ def test_cholesky_qr_is_qr_on_the_factors_of_a_training_run():
             for name in ("qr", "cholesky_qr")
         )
         assert bool(qr.is_new) and bool(by_cholesky.is_new)
-        np.testing.assert_allclose(
-            by_cholesky.eigenbases, qr.eigenbases, rtol=0, atol=1e-7
-        )
+        # Round-off decides about null columns, of words that are not in the text.
+        is_known = np.asarray(qr.eigenvalues > 0)
+        np.testing.assert_array_equal(by_cholesky.eigenvalues > 0, is_known)
+        columns = (m.eigenbases[:, is_known] for m in (by_cholesky, qr))
+        np.testing.assert_allclose(*columns, rtol=0, atol=1e-7)
         values = jnp.sort(qr.eigenvalues)
         conditions.append(float(values[-1] / jnp.maximum(values[0], 1e-300)))
     assert len(conditions) == 6 and max(conditions) > 1e4
@@ -281,17 +313,3 @@ def test_a_method_with_an_array_is_refused():
 
     with pytest.raises(ValueError, match="refresh must be hashable"):
         soap_optax.soap(1e-3, refresh=WithArray(jnp.ones(3)))
-
-
-def test_parameters_of_a_method():
-    with pytest.raises(ValueError, match="passes must be an integer of at least 1"):
-        soap_optax.CholeskyQR(passes=0)
-    one_pass = soap_optax.CholeskyQR(passes=1)
-    params = {"w": jnp.ones((5, 5))}
-    options = {"precondition_frequency": 1}
-    few, many = (
-        training.trained(soap_optax.scale_by_soap(refresh=m, **options), params)
-        for m in (one_pass, "cholesky_qr")
-    )
-    # Where one pass is not enough, the fallback gives what several passes give.
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-3), few, many)

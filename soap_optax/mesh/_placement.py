@@ -63,7 +63,7 @@ def state_sharding(
         mesh has automatic axes, where updates then communicate; it names the parameters
         that have factors and are sharded.
 
-    Example:
+    Examples:
       >>> import jax, jax.numpy as jnp, soap_optax
       >>> mesh = jax.make_mesh((1, 1), ("fsdp", "tensor"))
       >>> shardings = {"w": jax.NamedSharding(mesh, jax.P("fsdp", "tensor"))}

@@ -38,7 +38,7 @@ class DimensionNumbers(NamedTuple):
       factor_axes: for each factor, an axis or a sequence of axes. Negative ones count
         from the end. The axes of a factor are merged in ascending order.
 
-    Example:
+    Examples:
       >>> # In [layers, heads, head_dim, width] each layer has one factor for heads and
       >>> # head_dim together and one for width.
       >>> DimensionNumbers(factor_axes=((1, 2), 3))

@@ -43,7 +43,7 @@ def matrices(
     Raises:
       ValueError: for a pattern that is no regular expression.
 
-    Example:
+    Examples:
       >>> import jax.numpy as jnp, soap_optax
       >>> numbers = soap_optax.matrices(exclude=("embed", r"^head$"))
       >>> params = {"embed": jnp.ones((8, 4)), "layers": {"w": jnp.ones((3, 4, 4))}}

@@ -24,6 +24,9 @@ from soap_optax._dtypes import at_least_float32, coarsest_eps, widest
 # An eigenvalue is round-off up to this many machine epsilons, as a share of the largest
 # one: those of the computation, and those of coarser rounding of a factor's entries.
 _NULL, _COARSE_NULL = 10, 0.25
+# Cholesky-QR adds the rows of the old eigenbasis times so many machine epsilons, and
+# stops after so many passes. The factors of `tests/test_refresh.py` need up to four.
+_TRACE, _PASSES = 10, 8
 
 
 class Refreshed(NamedTuple):
@@ -105,10 +108,11 @@ class RefreshMethod(abc.ABC):
 
 @dataclasses.dataclass(frozen=True)
 class QR(RefreshMethod):
-    """One power step M Q and a QR decomposition by Householder's method, as published.
+    """One power step M Q and a QR decomposition, as published.
 
-    See Vyas et al., "SOAP: Improving and Stabilizing Shampoo using Adam",
-    https://arxiv.org/abs/2409.11321, Algorithm 4.
+    The decomposition is by Householder's method on CPU. On other platforms, which are
+    slow at that, it is the one of `CholeskyQR`. See Vyas et al., "SOAP: Improving and
+    Stabilizing Shampoo using Adam", https://arxiv.org/abs/2409.11321, Algorithm 4.
     """
 
     def refresh(
@@ -118,23 +122,15 @@ class QR(RefreshMethod):
         wanted: jax.Array,
         request: RefreshRequest,
     ) -> Refreshed:
-        return _by_power_step(_householder, factors, eigenbases, wanted, request)
+        return _by_power_step(_qr, factors, eigenbases, wanted, request)
 
 
 @dataclasses.dataclass(frozen=True)
 class CholeskyQR(RefreshMethod):
-    """The step of `QR`, up to round-off, computed by products of matrices.
+    """The step of `QR`, up to round-off, computed by products of matrices everywhere.
 
-    Products are fast on GPU and TPU. Where this fails, Householder's method follows.
-
-    Attributes:
-      passes: upper bound of the number of factorizations; see `_cholesky`.
+    Products are fast on GPU and TPU, where `QR` takes this method, too.
     """
-
-    passes: int = 6
-
-    def __post_init__(self) -> None:
-        _arguments.integer(1)("passes", self.passes)
 
     def refresh(
         self,
@@ -143,10 +139,7 @@ class CholeskyQR(RefreshMethod):
         wanted: jax.Array,
         request: RefreshRequest,
     ) -> Refreshed:
-        def orthonormalize(rows: jax.Array, to_do: jax.Array) -> _Orthonormal:
-            return _cholesky_or_householder(rows, to_do, self.passes)
-
-        return _by_power_step(orthonormalize, factors, eigenbases, wanted, request)
+        return _by_power_step(_cholesky, factors, eigenbases, wanted, request)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -161,7 +154,7 @@ class Eigh(RefreshMethod):
         request: RefreshRequest,
     ) -> Refreshed:
         request = dataclasses.replace(request, decompose=True)
-        return _by_power_step(_householder, factors, eigenbases, wanted, request)
+        return _by_power_step(_qr, factors, eigenbases, wanted, request)
 
 
 METHODS: dict[str, RefreshMethod] = {
@@ -193,6 +186,11 @@ def method_of(value: str | RefreshMethod) -> RefreshMethod:
 # Orthonormal rows, and for each row the size, `[..., b]`, of the part of it that was
 # orthogonal to the rows before it.
 _Orthonormal = tuple[jax.Array, jax.Array]
+
+# Makes rows orthonormal: each row in its turn, so that it is orthogonal to the rows
+# before it. It takes the rows, the rows of the old eigenbasis in whose places they
+# stand, both `[n, ..., b, b]`, and whether each matrix is wanted, `[n, ...]`.
+_Orthonormalize = Callable[[jax.Array, jax.Array, jax.Array], _Orthonormal]
 
 
 class PowerStep(NamedTuple):
@@ -286,7 +284,7 @@ def is_orthonormal(matrix: jax.Array) -> jax.Array:
 
 
 def _by_power_step(
-    orthonormalize: Callable[[jax.Array, jax.Array], _Orthonormal],
+    orthonormalize: _Orthonormalize,
     factors: jax.Array,
     eigenbases: jax.Array,
     wanted: jax.Array,
@@ -307,7 +305,8 @@ def _by_power_step(
     is_kept = wanted & ~to_do
 
     def finish() -> Refreshed:
-        rows, sizes = _ranked(step, factors, to_do, request.decompose, orthonormalize)
+        operands = (step, factors, eigenbases, to_do)
+        rows, sizes = _ranked(*operands, request.decompose, orthonormalize)
         is_new = to_do & is_orthonormal(rows)
         values = jnp.where(to_do[..., None], sizes * step.largest, quotients)
         return Refreshed(_transposed(rows), values, is_new, is_kept)
@@ -323,9 +322,10 @@ def _by_power_step(
 def _ranked(
     step: PowerStep,
     factors: jax.Array,
+    eigenbases: jax.Array,
     wanted: jax.Array,
     decompose: jax.Array | bool | None,
-    orthonormalize: Callable[[jax.Array, jax.Array], _Orthonormal],
+    orthonormalize: _Orthonormalize,
 ) -> _Orthonormal:
     """Makes rows orthonormal in the order of descending Rayleigh quotients.
 
@@ -337,10 +337,11 @@ def _ranked(
     Args:
       step: power step, whose rows are taken unless the factors are decomposed.
       factors: factors, `[n, ..., b, b]`.
+      eigenbases: old eigenbases, `[n, ..., b, b]`.
       wanted: whether each matrix is wanted, `[n, ...]`.
       decompose: whether to take the eigenvectors of the factors, in the order of their
         eigenvalues, in place of the rows of the power step.
-      orthonormalize: makes each row orthogonal to the rows before it, and of length 1.
+      orthonormalize: makes the rows orthonormal.
 
     Returns:
       The rows and their sizes, which are 0 for null rows.
@@ -353,7 +354,8 @@ def _ranked(
         rows, is_null = _eigenvectors(*operands)
     else:
         rows, is_null = jax.lax.cond(decompose, _eigenvectors, _sorted, *operands)
-    rows, sizes = orthonormalize(rows, wanted)
+    old_rows = _take_rows(_transposed(at_least_float32(eigenbases)), order)
+    rows, sizes = orthonormalize(rows, old_rows, wanted)
     is_null |= sizes <= step.null_share
     place = jnp.argsort(order, axis=-1)
     sizes = jnp.take_along_axis(jnp.where(is_null, 0, sizes), place, axis=-1)
@@ -386,7 +388,14 @@ def _eigenvectors(
     return jnp.where(is_null[..., None], identity, rows), is_null
 
 
-def _householder(rows: jax.Array, _: Any = None) -> _Orthonormal:
+def _qr(rows: jax.Array, old_rows: jax.Array, wanted: jax.Array) -> _Orthonormal:
+    """Orthonormalizes rows by the method that is fast on the platform."""
+    return jax.lax.platform_dependent(
+        rows, old_rows, wanted, cpu=_householder, default=_cholesky
+    )
+
+
+def _householder(rows: jax.Array, *_: jax.Array) -> _Orthonormal:
     """Orthonormalizes rows by QR, with the signs that turn each row the least."""
     columns, triangle = jnp.linalg.qr(_transposed(rows))
     sizes = jnp.diagonal(triangle, axis1=-2, axis2=-1)
@@ -394,45 +403,33 @@ def _householder(rows: jax.Array, _: Any = None) -> _Orthonormal:
     return _transposed(columns) * signs[..., None], jnp.abs(sizes)
 
 
-def _cholesky_or_householder(
-    rows: jax.Array, wanted: jax.Array, passes: int
-) -> _Orthonormal:
-    """Takes `_cholesky`, and `_householder` for those of the n entries it fails for."""
-    found = _cholesky(rows, wanted, passes)
-    failed = wanted & ~is_orthonormal(found[0])
-
-    def one(of_matrix: Any) -> _Orthonormal:
-        failed, rows, *found = of_matrix
-        return jax.lax.cond(jnp.any(failed), _householder, lambda _: tuple(found), rows)
-
-    def fall_back(found: Any) -> Any:
-        return jax.lax.map(one, (failed, rows, *found))
-
-    return jax.lax.cond(jnp.any(failed), fall_back, lambda found: found, found)
-
-
-def _cholesky(rows: jax.Array, wanted: jax.Array, passes: int) -> _Orthonormal:
-    """Orthonormalizes rows by repeated Cholesky-QR, which succeeds nearly always.
+def _cholesky(rows: jax.Array, old_rows: jax.Array, wanted: jax.Array) -> _Orthonormal:
+    """Orthonormalizes rows by repeated Cholesky-QR.
 
     With the factorization X X^T = L L^T the rows of L^-1 X are orthonormal, up to
     round-off times the squared condition number of X. While that number is large, a
     multiple of the identity is added to X X^T, so that a factorization exists. Each
     such pass divides the condition number by some hundreds. The pass that makes X
     orthonormal up to round-off is the last, of each matrix by itself, and a matrix that
-    is not wanted has none. If `passes` do not suffice, the result is not orthonormal,
-    or not finite. See Fukaya et al., "Shifted Cholesky QR for
-    computing the QR factorization of ill-conditioned matrices", arXiv 1809.11085.
+    is not wanted has none. See Fukaya et al., "Shifted Cholesky QR for computing the QR
+    factorization of ill-conditioned matrices", arXiv 1809.11085.
+
+    Rows that are multiples of one another would stay so. A trace of the old rows is
+    therefore added, as much as round-off. The rows of the power step are D Q^T M Q
+    times the old rows Q^T, with their sizes in the diagonal matrix D. Since M is
+    positive semi-definite, the eigenvalues of D Q^T M Q are not negative, and with the
+    trace they are positive.
     """
     eps = float(jnp.finfo(rows.dtype).eps)
     identity = jnp.broadcast_to(jnp.eye(rows.shape[-1], dtype=rows.dtype), rows.shape)
 
     def is_far(carry: Any) -> jax.Array:
         _, _, distance, passed = carry
-        return (passed < passes) & jnp.any(distance > 0.5)
+        return (passed < _PASSES) & jnp.any(distance > 0.5)
 
     def improve(carry: Any) -> Any:
-        old_rows, old_sizes, old_distance, passed = carry
-        rows, is_left = old_rows, old_distance > 0.5
+        before, old_sizes, old_distance, passed = carry
+        rows, is_left = before, old_distance > 0.5
         gram = jnp.matmul(rows, _transposed(rows), precision="highest")
         distance = _norm(gram - identity)
         shift = jnp.where(distance > 0.5, 4 * eps * _norm(gram), 0)
@@ -442,14 +439,14 @@ def _cholesky(rows: jax.Array, wanted: jax.Array, passes: int) -> _Orthonormal:
         )
         sizes = old_sizes * jnp.diagonal(triangle, axis1=-2, axis2=-1)
         return (
-            jnp.where(is_left[..., None, None], rows, old_rows),
+            jnp.where(is_left[..., None, None], rows, before),
             jnp.where(is_left[..., None], sizes, old_sizes),
             jnp.where(is_left, distance, old_distance),
             passed + 1,
         )
 
     sizes = jnp.sqrt(jnp.sum(jnp.square(rows), axis=-1))
-    rows = rows / jnp.where(sizes > 0, sizes, 1)[..., None]
+    rows = rows / jnp.where(sizes > 0, sizes, 1)[..., None] + _TRACE * eps * old_rows
     distance = jnp.where(wanted, jnp.inf, jnp.zeros_like(sizes[..., 0]))
     start = (rows, sizes, distance, 0)
     rows, sizes, *_ = jax.lax.while_loop(is_far, improve, start)

@@ -1,0 +1,37 @@
+"""The search for the settings of a training."""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, TypeVar
+
+Settings, Result = TypeVar("Settings"), TypeVar("Result")
+
+
+def climb(
+    starts: Mapping[Any, Settings],
+    neighbours: Callable[[Settings], Sequence[Settings]],
+    train: Callable[[Sequence[Settings]], Sequence[Result]],
+    loss: Callable[[Result], float],
+) -> tuple[dict[Any, Settings], dict[tuple[Any, Settings], Result]]:
+    """Moves each of some settings to a better neighbour, until none is better.
+
+    Args:
+      starts: settings by label; they are hashable.
+      neighbours: gives the settings one step away.
+      train: gives the result of a training with each of the settings. It is asked again
+        for results that it has given before.
+      loss: what is to be small about a result.
+
+    Returns:
+      The best settings by label, and the results by label and settings.
+    """
+    best, found = dict(starts), {}
+    while True:
+        wanted = {label: [one, *neighbours(one)] for label, one in best.items()}
+        pairs = [(label, one) for label, some in wanted.items() for one in some]
+        results = train([one for _, one in pairs])
+        found |= dict(zip(pairs, results, strict=True))
+        before, best = best, {}
+        for label, some in wanted.items():
+            best[label] = min(some, key=lambda one: loss(found[label, one]))
+        if best == before:
+            return best, found
