@@ -7,8 +7,8 @@ BIN := $(VENV)/bin
 PYTEST := pytest -n 2 --dist loadgroup
 
 .PHONY: help setup train train-sharded reliability experiments bench tpu-check \
-	gpu-check test test-default-flags test-slow test-oldest dist-check release-check \
-	docs docs-setup docs-serve lint format clean
+	gpu-check test test-default-flags test-slow test-oldest test-clients dist-check \
+	release-check docs docs-setup docs-serve lint format clean
 
 help:
 	@echo "make train          SOAP, Muon and AdamW on a small language model, with a plot"
@@ -22,6 +22,7 @@ help:
 	@echo "make tpu-check      training steps compiled for TPU pods, without a TPU"
 	@echo "make gpu-check      memory of training steps compiled for a GPU, without a GPU"
 	@echo "make test-oldest    the tests on the oldest supported JAX and optax"
+	@echo "make test-clients   trainings with programs of others, which docs/clients.md lists"
 	@echo "make dist-check     the wheel, built and used in environments of its own"
 	@echo "make docs           the documentation site, in site/, with every link checked"
 	@echo "make docs-serve     the documentation site in a browser, renewed at each change"
@@ -105,6 +106,30 @@ test-slow: setup
 test-oldest:
 	$(MAKE) setup VENV=.venv-oldest PINS="jax==0.7.2 jaxlib==0.7.2 optax==0.2.6"
 	.venv-oldest/bin/python -m $(PYTEST)
+
+# Programs of others, in two environments of their own: MaxText needs Python 3.12.
+CLIENTS ?= nnx_digits linen_text equinox_autoencoder haiku_digits optimistix_fit \
+	numpyro_vae flowjax_density jinns_burgers netket_heisenberg gymnax_ppo
+LLM_CLIENTS ?= tunix_lora maxtext_pretrain
+LLM_PYTHON ?= python3.12
+LLM_ENV := DECOUPLE_GCLOUD=TRUE JAX_PLATFORMS=cpu \
+	XLA_FLAGS=--xla_force_host_platform_device_count=8
+
+.venv-clients/.installed: examples/clients/requirements.txt
+	$(PYTHON) -m venv .venv-clients
+	.venv-clients/bin/python -m pip install --quiet -e . -r $<
+	@touch $@
+
+.venv-clients-llm/.installed: examples/clients/requirements_llm.txt
+	$(LLM_PYTHON) -m venv .venv-clients-llm
+	.venv-clients-llm/bin/python -m pip install --quiet -e . -r $<
+	@touch $@
+
+test-clients: .venv-clients/.installed .venv-clients-llm/.installed
+	for name in $(CLIENTS); do \
+		.venv-clients/bin/python examples/clients/$$name.py || exit 1; done
+	for name in $(LLM_CLIENTS); do \
+		$(LLM_ENV) .venv-clients-llm/bin/python examples/clients/$$name.py || exit 1; done
 
 dist-check:
 	$(PYTHON) .ci/check_dist.py

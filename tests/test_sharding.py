@@ -498,6 +498,35 @@ def test_nnx_optimizer():
         jax.jit(tx.update)(params, state, params)
 
 
+@needs_jax_0_8
+def test_a_state_in_boxes_of_nnx():
+    """MaxText reads the sharding of each array from the box around it."""
+    mesh = make_mesh((1, 2, 4))
+    model = nnx.Linear(16, 32, use_bias=False, rngs=nnx.Rngs(0))
+    params = nnx.as_pure(nnx.state(model, nnx.Param))
+    shardings = jax.tree.map(lambda _: NamedSharding(mesh, P("x", "y")), params)
+    tx = soap_optax.soap(1e-3, block_size=4, params_sharding=shardings)
+    of_state = state_sharding(tx, params, shardings)
+
+    def init(params):
+        box = lambda leaf, found: nnx.Variable(leaf, out_sharding=found)  # noqa: E731
+        return jax.tree.map(box, nnx.as_pure(tx.init(params)), of_state)
+
+    boxing = optax.GradientTransformationExtraArgs(init, tx.update)
+    optimizer = nnx.Optimizer(model, boxing, wrt=nnx.Param)
+    is_box = lambda node: isinstance(node, nnx.Variable)  # noqa: E731
+    boxes = jax.tree.leaves(nnx.state(optimizer.opt_state), is_leaf=is_box)
+    found = [str(box.out_sharding) for box in boxes]
+    assert sorted(found) == sorted(map(str, jax.tree.leaves(of_state)))
+    other = nnx.clone(model)
+    grads = jax.tree.map(jnp.ones_like, nnx.state(model, nnx.Param))
+    plain = nnx.Optimizer(other, tx, wrt=nnx.Param)
+    for _ in range(3):
+        optimizer.update(model, grads)
+        plain.update(other, grads)
+    assert jnp.array_equal(model.kernel[...], other.kernel[...])
+
+
 # --- bad input ------------------------------------------------------------------------
 
 
