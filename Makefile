@@ -24,9 +24,9 @@ help:
 	@echo "make test-oldest    the tests on the oldest supported JAX and optax"
 	@echo "make test-clients   trainings with programs of others, which docs/clients.md lists"
 	@echo "make dist-check     the wheel, built and used in environments of its own"
+	@echo "make release-check TAG=v1.2.3  the same for a release, which is then in dist/"
 	@echo "make docs           the documentation site, in site/, with every link checked"
 	@echo "make docs-serve     the documentation site in a browser, renewed at each change"
-	@echo "make release-check TAG=v1.2.3  the same for a release, which is then in dist/"
 	@echo "make format         format the code"
 	@echo "PYTHON=python3.12 VENV=.venv-3.12 choose another interpreter."
 
@@ -111,7 +111,8 @@ test-oldest:
 CLIENTS ?= nnx_digits linen_text equinox_autoencoder haiku_digits optimistix_fit \
 	numpyro_vae flowjax_density jinns_burgers netket_heisenberg gymnax_ppo
 LLM_CLIENTS ?= tunix_lora maxtext_pretrain
-LLM_PYTHON ?= python3.12
+LLM_PYTHON ?= $(firstword $(wildcard $(HOME)/.pyenv/versions/3.1[2-9]*/bin/python3) \
+	python3.12)
 LLM_ENV := DECOUPLE_GCLOUD=TRUE JAX_PLATFORMS=cpu \
 	XLA_FLAGS=--xla_force_host_platform_device_count=8
 
@@ -152,9 +153,10 @@ docs-serve: docs-setup
 docs/katex:
 	PATH=$(CURDIR)/.venv-docs/bin:$$PATH npm install --silent --no-save \
 		--prefix .venv-docs katex@0.19
-	mkdir $@
+	rm -rf $@.part && mkdir $@.part
 	cd .venv-docs/node_modules/katex/dist && cp -r fonts katex.min.css katex.min.js \
-		contrib/auto-render.min.js $(CURDIR)/$@
+		contrib/auto-render.min.js $(CURDIR)/$@.part
+	mv $@.part $@
 
 format: setup
 	$(BIN)/ruff format .

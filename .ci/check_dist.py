@@ -124,7 +124,8 @@ def check_release(wheel: Path, folder: Path, version: str, tag: str) -> None:
     programs = [*examples(), DOCTESTS]
     check_examples(wheel, folder / "oldest", programs, OLDEST)
     check_examples(wheel, folder / "newest", programs)
-    shutil.copytree(wheel.parent, ROOT / "dist", dirs_exist_ok=True)
+    shutil.rmtree(ROOT / "dist", ignore_errors=True)
+    shutil.copytree(wheel.parent, ROOT / "dist")
 
 
 def main() -> None:

@@ -4,17 +4,19 @@
 
 A Fourier neural operator (arXiv 2010.08895) learns to map u(0, x) to u(1, x) for
 Burgers' equation, u_t + u u_x = 0.05 u_xx, periodic in x. Each layer multiplies the low
-Fourier modes by complex matrices `[modes, width, width]`. Four optimizers train it:
+Fourier modes by complex matrices `[modes, width, width]`. These optimizers train it:
 
-    Adam, complex  as optax has it, with one second moment for both parts of a number
-    Adam, split    real and imaginary parts are parameters of their own
-    SOAP, split    `soap_optax.soap` within `optax.contrib.split_real_and_imaginary`
-    SOAP, complex  Hermitian factors and unitary eigenbases, `complex_soap` below
+    Adam, complex     optax's, with one second moment for both parts of a number
+    Adam, split       real and imaginary parts are parameters of their own, by
+                      `optax.contrib.split_real_and_imaginary`
+    SOAP, complex     Hermitian factors and unitary eigenbases: `complex_soap` below
+    SOAP, prototype   the same on real and imaginary parts, which differs in this alone
+    SOAP, split       `soap_optax.scale_by_soap` on real and imaginary parts
 
-Both SOAPs are as published (`eigh` at every tenth step), so that they differ in this
-alone. Learning rates are sought with the first seed until the rates to both sides are
-worse. Finished runs in `--runs` are not repeated. The command writes
-`<out>/complex_parameters.csv`.
+All SOAPs decompose their factors by `eigh` at every tenth step. Learning rates are
+sought with the first seed until the rates to both sides are worse. Finished runs in
+`--runs` are not repeated. The command writes `<out>/complex_parameters.csv`, and all
+rates that were tried in `<out>/complex_parameters_sweep.csv`.
 """
 
 import dataclasses
@@ -29,7 +31,7 @@ import numpy as np
 import optax
 import tyro
 from results import Row, report, run_all
-from search import climb
+from search import at_next_rates, climb
 
 import soap_optax
 
@@ -127,21 +129,17 @@ def _project_back(matrix: jax.Array, bases: Any) -> jax.Array:
     return bases[0] @ matrix @ _adjoint(bases[1]) if bases else matrix
 
 
-def split_soap() -> optax.GradientTransformation:
-    return optax.contrib.split_real_and_imaginary(
+split = optax.contrib.split_real_and_imaginary
+OPTIMIZERS: dict[str, Callable[[], optax.GradientTransformation]] = {
+    "Adam, complex": lambda: optax.scale_by_adam(BETA, BETA),
+    "Adam, split": lambda: split(optax.scale_by_adam(BETA, BETA)),
+    "SOAP, complex": complex_soap,
+    "SOAP, prototype": lambda: split(complex_soap()),
+    "SOAP, split": lambda: split(
         soap_optax.scale_by_soap(
             refresh="eigh", dimension_numbers=soap_optax.matrices()
         )
-    )
-
-
-OPTIMIZERS: dict[str, Callable[[], optax.GradientTransformation]] = {
-    "Adam, complex": lambda: optax.scale_by_adam(BETA, BETA),
-    "Adam, split": lambda: optax.contrib.split_real_and_imaginary(
-        optax.scale_by_adam(BETA, BETA)
     ),
-    "SOAP, split": split_soap,
-    "SOAP, complex": complex_soap,
 }
 
 
@@ -284,15 +282,21 @@ def train(job: Job) -> list[Row]:
     ]
 
 
-def neighbours(job: Job) -> list[Job]:
-    """The jobs at the next lower and the next higher rate."""
-    at = RATES.index(job.rate)
-    rates = [*RATES[max(at - 1, 0) : at], *RATES[at + 1 : at + 2]]
-    return [dataclasses.replace(job, rate=rate) for rate in rates]
-
-
 def error(run: list[dict[str, str]]) -> float:
-    return float(np.nan_to_num(float(run[-1]["error"]), nan=np.inf))
+    return float(run[-1]["error"])
+
+
+def summary(runs: Sequence[list[dict[str, str]]]) -> Row:
+    """The figures of some seeds."""
+    errors = [error(run) for run in runs]
+    training = [float(run[-1]["training error"]) for run in runs]
+    return {
+        "seeds": len(errors),
+        "error": float(np.mean(errors)),
+        "lowest": min(errors),
+        "highest": max(errors),
+        "training error": float(np.mean(training)),
+    }
 
 
 def main(experiment: Experiment) -> None:
@@ -301,27 +305,20 @@ def main(experiment: Experiment) -> None:
         return [found[job.name] for job in jobs]
 
     starts = {name: Job(name, FIRST_RATE, 0) for name in OPTIMIZERS}
-    best, _ = climb(starts, neighbours, train_all, error)
-    rows = []
-    for job in best.values():
-        seeds = [
-            dataclasses.replace(job, seed=seed) for seed in range(experiment.seeds)
-        ]
-        runs = train_all(seeds)
-        errors = [error(run) for run in runs]
-        rows.append(
-            {
-                "optimizer": job.optimizer,
-                "learning rate": job.rate,
-                "seeds": len(errors),
-                "error": float(np.mean(errors)),
-                "lowest": min(errors),
-                "highest": max(errors),
-                "training error": float(
-                    np.mean([float(run[-1]["training error"]) for run in runs])
-                ),
-            }
-        )
+    near = functools.partial(at_next_rates, rates=RATES)
+    best, tried = climb(starts, near, train_all, error)
+
+    def row(job: Job, runs: Sequence[list[dict[str, str]]]) -> Row:
+        settings = {"optimizer": job.optimizer, "learning rate": job.rate}
+        return {**settings, **summary(runs)}
+
+    rows = [row(job, [run]) for (_, job), run in tried.items()]
+    report(rows, experiment.out / "complex_parameters_sweep.csv")
+    seeds = range(experiment.seeds)
+    rows = [
+        row(job, train_all([dataclasses.replace(job, seed=seed) for seed in seeds]))
+        for job in best.values()
+    ]
     report(rows, experiment.out / "complex_parameters.csv")
 
 

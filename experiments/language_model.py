@@ -87,8 +87,8 @@ APART = (ADAM_ALONE, MATRICES_ALONE)
 """The settings that are sought only where Adam has matrices of its own."""
 FREQUENCIES = (1, 4, 10, 30, 100)
 FREQUENCY_OPTIMIZERS = {
-    "SOAP, recipe": "SOAP",
-    "SOAP": "SOAP, f=10",
+    "SOAP": "SOAP",
+    "SOAP, previous basis": "SOAP, f=10",
     "Shampoo": "Shampoo",
 }
 """Names without a frequency, and the labels of the settings that are taken."""

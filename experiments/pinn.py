@@ -28,7 +28,7 @@ import numpy as np
 import optax
 import tyro
 from results import Row, report, run_all
-from search import climb
+from search import at_next_rates, climb
 
 import soap_optax
 
@@ -353,7 +353,7 @@ Runs = dict[str, list[dict[str, str]]]
 
 
 def final_error(run: list[dict[str, str]]) -> float:
-    return float(np.nan_to_num(float(run[-1]["error"]), nan=np.inf))
+    return float(run[-1]["error"])
 
 
 def summary(job: Job, run: list[dict[str, str]]) -> Row:
@@ -390,13 +390,6 @@ def plot(jobs: list[Job], runs: Runs, path: Path) -> None:
     figure.savefig(path, dpi=100)
 
 
-def neighbours(job: Job) -> list[Job]:
-    """The jobs at the next lower and the next higher rate."""
-    at = RATES.index(job.rate)
-    rates = [*RATES[max(at - 1, 0) : at], *RATES[at + 1 : at + 2]]
-    return [dataclasses.replace(job, rate=rate) for rate in rates]
-
-
 def main(experiment: Experiment) -> None:
     jobs: dict[str, Job] = {}
     runs: Runs = {}
@@ -412,7 +405,9 @@ def main(experiment: Experiment) -> None:
         for name, problem in PROBLEMS.items()
         for optimizer in OPTIMIZERS
     }
-    best, _ = climb(starts, neighbours, train_all, final_error)
+    best, _ = climb(
+        starts, lambda job: at_next_rates(job, RATES), train_all, final_error
+    )
     tuned = [
         dataclasses.replace(job, seed=seed)
         for job in best.values()

@@ -40,7 +40,13 @@ def described(name):
     thing = getattr(soap_optax, name)
     if not callable(thing):
         return name
-    parameters = inspect.signature(thing).parameters.values()
+    methods = sorted(getattr(thing, "__abstractmethods__", ()))
+    more = [signature(f"{name}.{method}", getattr(thing, method)) for method in methods]
+    return "\n".join([signature(name, thing), *more])
+
+
+def signature(name, function):
+    parameters = inspect.signature(function).parameters.values()
     plain = [p.replace(annotation=inspect.Parameter.empty) for p in parameters]
     return f"{name}{inspect.Signature(plain)}"
 

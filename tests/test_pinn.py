@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pinn
 import pytest
+import search
 
 
 def cole_hopf(t, x):
@@ -63,8 +64,19 @@ def test_windows_are_trained_one_after_another(monkeypatch):
 def test_a_search_tries_the_rates_to_both_sides():
     def rates(rate):
         job = pinn.Job("Burgers", "Adam", rate, 0, 10)
-        return [near.rate for near in pinn.neighbours(job)]
+        return [near.rate for near in search.at_next_rates(job, pinn.RATES)]
 
     assert rates(1e-2) == [3e-3, 3e-2]
     assert rates(pinn.RATES[0]) == [3e-4]
     assert rates(pinn.RATES[-1]) == [3e-2]
+
+
+def test_a_search_leaves_what_is_not_finite():
+    losses = {1: np.nan, 2: np.inf, 3: 2.0, 4: 1.0, 5: np.nan}
+    best, found = search.climb(
+        {"a": 1, "b": 5},
+        lambda one: [x for x in (one - 1, one + 1) if x in losses],
+        lambda some: some,
+        losses.get,
+    )
+    assert best == {"a": 4, "b": 4} and ("b", 3) in found
