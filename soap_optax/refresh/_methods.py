@@ -24,8 +24,7 @@ from soap_optax._dtypes import at_least_float32, coarsest_eps, widest
 # An eigenvalue is round-off up to this many machine epsilons, as a share of the largest
 # one: those of the computation, and those of coarser rounding of a factor's entries.
 _NULL, _COARSE_NULL = 10, 0.25
-# Cholesky-QR adds spare rows times so many machine epsilons, and stops after so many
-# passes.
+# Cholesky-QR adds a trace of so many machine epsilons, and stops after so many passes.
 _TRACE, _PASSES = 2, 8
 
 
@@ -183,11 +182,14 @@ def method_of(value: str | RefreshMethod) -> RefreshMethod:
     return METHODS[value] if isinstance(value, str) else value
 
 
+# Orthonormal rows, and for each row the size, `[..., b]`, of the part of it that was
+# orthogonal to the rows before it.
+_Orthonormal = tuple[jax.Array, jax.Array]
+
 # Makes rows orthonormal: each row in its turn, so that it is orthogonal to the rows
-# before it. It takes the rows, orthonormal rows near to which those come that would
-# depend on the rows before them, both `[n, ..., b, b]`, and whether each matrix is
-# wanted, `[n, ...]`.
-_Orthonormalize = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
+# before it. It takes the rows, the rows of the old eigenbases in whose places they
+# stand, both `[n, ..., b, b]`, and whether each matrix is wanted, `[n, ...]`.
+_Orthonormalize = Callable[[jax.Array, jax.Array, jax.Array], _Orthonormal]
 
 
 class PowerStep(NamedTuple):
@@ -323,7 +325,7 @@ def _ranked(
     wanted: jax.Array,
     decompose: jax.Array | bool | None,
     orthonormalize: _Orthonormalize,
-) -> tuple[jax.Array, jax.Array]:
+) -> _Orthonormal:
     """Makes rows orthonormal in the order of descending Rayleigh quotients.
 
     Afterwards each row returns to the place where it stood. Coordinates thereby keep
@@ -341,50 +343,39 @@ def _ranked(
       orthonormalize: makes the rows orthonormal.
 
     Returns:
-      The rows, and for each the size, `[..., b]`, of the part that was orthogonal to
-      the rows before it, which is 0 for null rows.
+      The rows and their sizes, which are 0 for null rows.
     """
     order = jnp.argsort(step.quotients, axis=-1, descending=True)
-    operands = (step, factors, eigenbases, order)
+    operands = (step, factors, order)
     if decompose is None:
-        rows, is_null, spare = _sorted(*operands)
+        rows, is_null = _sorted(*operands)
     elif decompose is True:
-        rows, is_null, spare = _eigenvectors(*operands)
+        rows, is_null = _eigenvectors(*operands)
     else:
-        branches = _eigenvectors, _sorted
-        rows, is_null, spare = jax.lax.cond(decompose, *branches, *operands)
-    found = orthonormalize(rows, spare, wanted)
-    if decompose is not None:
-        # Null rows of the identity may depend on eigenvectors in any way.
-        fails = jnp.logical_and(decompose, ~is_orthonormal(found))
-        found = jnp.where(fails[..., None, None], spare, found)
-    sizes = jnp.abs(jnp.sum(rows * found, axis=-1))
+        rows, is_null = jax.lax.cond(decompose, _eigenvectors, _sorted, *operands)
+    old_rows = _take_rows(_transposed(at_least_float32(eigenbases)), order)
+    rows, sizes = orthonormalize(rows, old_rows, wanted)
     is_null |= sizes <= step.null_share * jnp.max(sizes, axis=-1, keepdims=True)
     place = jnp.argsort(order, axis=-1)
     sizes = jnp.take_along_axis(jnp.where(is_null, 0, sizes), place, axis=-1)
-    return _take_rows(found, place), sizes
+    return _take_rows(rows, place), sizes
 
 
 def _sorted(
-    step: PowerStep, _: jax.Array, eigenbases: jax.Array, order: jax.Array
-) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """The rows of the power step, put in `order`, and whether each row is null.
-
-    The last result are the rows of the old eigenbases, put in `order`, too.
-    """
+    step: PowerStep, _: jax.Array, order: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """The rows of the power step, put in `order`, and whether each row is null."""
     quotients = jnp.take_along_axis(step.quotients, order, axis=-1)
-    old = _transposed(at_least_float32(eigenbases))
-    return _take_rows(step.rows, order), quotients <= 0, _take_rows(old, order)
+    return _take_rows(step.rows, order), quotients <= 0
 
 
 def _eigenvectors(
-    step: PowerStep, factors: jax.Array, _: jax.Array, order: jax.Array
-) -> tuple[jax.Array, jax.Array, jax.Array]:
+    step: PowerStep, factors: jax.Array, order: jax.Array
+) -> tuple[jax.Array, jax.Array]:
     """Eigenvectors as rows, times their eigenvalues, in descending order.
 
     Round-off decides which null eigenvectors are found. A null one is therefore
-    replaced by the row of the identity that belongs where `_ranked` will put it. The
-    last result are all eigenvectors as they were found.
+    replaced by the row of the identity that belongs where `_ranked` will put it.
     """
     matrix = at_least_float32(factors) / step.largest[..., None]
     values, vectors = (x[..., ::-1] for x in jnp.linalg.eigh(matrix))
@@ -392,26 +383,26 @@ def _eigenvectors(
     columns = jnp.arange(order.shape[-1], dtype=order.dtype)
     columns = jnp.broadcast_to(columns, matrix.shape)
     identity = (order[..., None] == columns).astype(matrix.dtype)
-    vectors = _transposed(vectors)
-    rows = jnp.where(is_null[..., None], identity, vectors * values[..., None])
-    return rows, is_null, vectors
+    rows = _transposed(vectors) * values[..., None]
+    return jnp.where(is_null[..., None], identity, rows), is_null
 
 
-def _qr(rows: jax.Array, spare: jax.Array, wanted: jax.Array) -> jax.Array:
+def _qr(rows: jax.Array, old_rows: jax.Array, wanted: jax.Array) -> _Orthonormal:
     """Orthonormalizes rows by the method that is fast on the platform."""
     return jax.lax.platform_dependent(
-        rows, spare, wanted, cpu=_householder, default=_cholesky
+        rows, old_rows, wanted, cpu=_householder, default=_cholesky
     )
 
 
-def _householder(rows: jax.Array, *_: jax.Array) -> jax.Array:
+def _householder(rows: jax.Array, *_: jax.Array) -> _Orthonormal:
     """Orthonormalizes rows by QR, with the signs that turn each row the least."""
     columns, triangle = jnp.linalg.qr(_transposed(rows))
-    diagonal = jnp.diagonal(triangle, axis1=-2, axis2=-1)
-    return _transposed(columns) * jnp.where(diagonal < 0, -1, 1)[..., None]
+    sizes = jnp.diagonal(triangle, axis1=-2, axis2=-1)
+    signs = jnp.where(sizes < 0, -1, 1).astype(sizes.dtype)
+    return _transposed(columns) * signs[..., None], jnp.abs(sizes)
 
 
-def _cholesky(rows: jax.Array, spare: jax.Array, wanted: jax.Array) -> jax.Array:
+def _cholesky(rows: jax.Array, old_rows: jax.Array, wanted: jax.Array) -> _Orthonormal:
     """Orthonormalizes rows by repeated Cholesky-QR.
 
     With the factorization X X^T = L L^T the rows of L^-1 X are orthonormal, up to
@@ -422,11 +413,12 @@ def _cholesky(rows: jax.Array, spare: jax.Array, wanted: jax.Array) -> jax.Array
     none. See Fukaya et al., "Shifted Cholesky QR for computing the QR factorization of
     ill-conditioned matrices", arXiv 1809.11085.
 
-    Rows that are multiples of one another would stay so. A trace of the spare rows is
-    therefore added, as much as round-off. Where the rows are those of a power step and
-    none is null, X is D Q^T M Q times the old rows Q^T, which are spare, with a
-    positive diagonal matrix D. As M is positive semi-definite, no eigenvalue of
-    D Q^T M Q is negative, and the trace makes it nonsingular.
+    Rows that depend on one another would stay so. A trace of the old rows is therefore
+    added, as much as round-off. Those of a power step are D Q^T M Q times the old rows
+    Q^T, with a positive diagonal matrix D. As M is positive semi-definite, no
+    eigenvalue of D Q^T M Q is negative, and the trace makes it nonsingular. Null rows
+    and decomposed factors may depend on the old rows in any way, so that the trace has
+    a part of random signs, too. Sizes are those of the rows without it.
     """
     eps = float(jnp.finfo(rows.dtype).eps)
     identity = jnp.broadcast_to(jnp.eye(rows.shape[-1], dtype=rows.dtype), rows.shape)
@@ -451,10 +443,15 @@ def _cholesky(rows: jax.Array, spare: jax.Array, wanted: jax.Array) -> jax.Array
             passed + 1,
         )
 
-    sizes = jnp.sqrt(jnp.sum(jnp.square(rows), axis=-1, keepdims=True))
-    rows = rows / jnp.where(sizes > 0, sizes, 1) + _TRACE * eps * spare
-    distance = jnp.where(wanted, jnp.inf, jnp.zeros_like(sizes[..., 0, 0]))
-    return jax.lax.while_loop(is_far, improve, (rows, distance, 0))[0]
+    count = rows.shape[-1]
+    signs = jax.random.rademacher(jax.random.key(0), (count, count), rows.dtype)
+    signs = jnp.broadcast_to(signs, rows.shape)
+    trace = _TRACE * eps * (old_rows + signs / (4 * count) ** 0.5)
+    lengths = jnp.sqrt(jnp.sum(jnp.square(rows), axis=-1, keepdims=True))
+    traced = rows / jnp.where(lengths > 0, lengths, 1) + trace
+    distance = jnp.where(wanted, jnp.inf, jnp.zeros_like(lengths[..., 0, 0]))
+    found, *_ = jax.lax.while_loop(is_far, improve, (traced, distance, 0))
+    return found, jnp.abs(jnp.sum(rows * found, axis=-1))
 
 
 def _norm(matrix: jax.Array) -> jax.Array:
