@@ -126,7 +126,8 @@ LLM_ENV := DECOUPLE_GCLOUD=TRUE JAX_PLATFORMS=cpu \
 	.venv-clients-llm/bin/python -m pip install --quiet -e . -r $<
 	@touch $@
 
-test-clients: .venv-clients/.installed .venv-clients-llm/.installed
+test-clients: $(if $(CLIENTS),.venv-clients/.installed)
+test-clients: $(if $(LLM_CLIENTS),.venv-clients-llm/.installed)
 	for name in $(CLIENTS); do \
 		.venv-clients/bin/python examples/clients/$$name.py || exit 1; done
 	for name in $(LLM_CLIENTS); do \

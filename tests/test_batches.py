@@ -78,8 +78,10 @@ def test_one_decomposition_for_each_size_on_other_platforms(refresh, platform):
     assert len(others) == (2 if refresh == "eigh" else 0)
 
 
-@pytest.mark.parametrize("platform", ["cuda", "tpu"])
-@pytest.mark.parametrize(("size", "batch"), [(128, 24), (1024, 8), (4096, 1)])
+@pytest.mark.parametrize(
+    ("size", "batch", "platform"),
+    [(128, 24, "cuda"), (1024, 8, "tpu"), (4096, 1, "cuda")],
+)
 def test_matrices_go_in_batches_of_32_mb(size, batch, platform, monkeypatch):
     """24 factors, of which a chunk of at most 32 MB is decomposed at one time."""
     monkeypatch.setattr(_stacks, "_SLOTS", 1)

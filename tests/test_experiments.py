@@ -215,10 +215,16 @@ def differing(**changes):
     ("changes", "rtol"),
     [
         ({"optimizer": "adamw"}, 1e-4),
-        pytest.param({"optimizer": "muon"}, 1e-4, marks=needs_consistent_rms),
+        pytest.param(
+            {"optimizer": "muon"}, 1e-4, marks=[needs_consistent_rms, pytest.mark.slow]
+        ),
         # SOAP's first steps enlarge round-off, and more so in larger blocks. Losses of
         # members that are taken for one another differ by more than a tenth.
-        ({"optimizer": "soap", "block_size": 8, "precondition_frequency": 2}, 1e-2),
+        pytest.param(
+            {"optimizer": "soap", "block_size": 8, "precondition_frequency": 2},
+            1e-2,
+            marks=pytest.mark.slow,
+        ),
     ],
     ids=str,
 )

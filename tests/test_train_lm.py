@@ -42,8 +42,8 @@ def losses(config):
     "changes",
     [
         {"optimizer": "soap"},
-        {"optimizer": "shampoo"},
         {"optimizer": "shampoo", "factors": "kl"},
+        pytest.param({"optimizer": "shampoo"}, marks=pytest.mark.slow),
         {"optimizer": "adamw"},
         pytest.param({"optimizer": "muon"}, marks=needs_consistent_rms),
         {"optimizer": "lion"},
