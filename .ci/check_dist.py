@@ -7,7 +7,8 @@ of the repository. The first example of the README is run in an empty environmen
 
 `make release-check TAG=v1.2.3` also compares the tag with the version, looks for a
 dated entry in the changelog, and runs all examples of the README and of docstrings with
-the oldest and the newest JAX and optax that are supported. What it built is in dist/.
+the oldest JAX and optax that are supported and with the newest for this Python. What it
+built is in dist/.
 """
 
 import argparse
@@ -114,6 +115,10 @@ def check_examples(
 def check_release(wheel: Path, folder: Path, version: str, tag: str) -> None:
     """Checks what only a release needs."""
     assert tag == f"v{version}", f"the tag {tag} must be v{version}, after the version"
+    citation = (ROOT / "CITATION.cff").read_text(encoding="utf-8")
+    assert f"\nversion: {version}\n" in citation, (
+        f'CITATION.cff must have "version: {version}"'
+    )
     changelog = (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
     entry = re.search(r"^## (.*)", changelog, re.M)
     dated = rf"{re.escape(version)} \(\d{{4}}-\d{{2}}-\d{{2}}\)"
