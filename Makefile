@@ -5,6 +5,7 @@ EXTRA ?= test
 BIN := $(VENV)/bin
 # Tests of a group share what one process has compiled.
 PYTEST := pytest -n 2 --dist loadgroup
+OLDEST := jax==0.7.2 jaxlib==0.7.2 optax==0.2.6
 
 .PHONY: help setup train train-sharded reliability experiments bench tpu-check \
 	gpu-check test test-default-flags test-slow test-oldest test-clients dist-check \
@@ -104,7 +105,7 @@ test-slow: setup
 	$(BIN)/python -m $(PYTEST) --hypothesis-profile slow tests/test_properties.py
 
 test-oldest:
-	$(MAKE) setup VENV=.venv-oldest PINS="jax==0.7.2 jaxlib==0.7.2 optax==0.2.6"
+	$(MAKE) setup VENV=.venv-oldest PINS="$(OLDEST)"
 	.venv-oldest/bin/python -m $(PYTEST)
 
 # Programs of others, in two environments of their own: MaxText needs Python 3.12.
@@ -137,7 +138,7 @@ dist-check:
 	$(PYTHON) .ci/check_dist.py
 
 release-check:
-	$(PYTHON) .ci/check_dist.py --release $(TAG)
+	$(PYTHON) .ci/check_dist.py --release $(TAG) --oldest $(OLDEST)
 
 # In an environment of its own.
 docs-setup:

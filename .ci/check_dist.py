@@ -19,10 +19,10 @@ import subprocess
 import tempfile
 import venv
 import zipfile
+from collections.abc import Sequence
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-OLDEST = ("jax==0.7.2", "jaxlib==0.7.2", "optax==0.2.6")
 PARTS = (
     "py.typed",
     "parameters/__init__.py",
@@ -98,7 +98,7 @@ def examples() -> list[str]:
 
 
 def check_examples(
-    wheel: Path, folder: Path, programs: list[str], packages: tuple[str, ...] = ()
+    wheel: Path, folder: Path, programs: list[str], packages: Sequence[str] = ()
 ) -> None:
     """Runs programs with the wheel, its dependencies and these packages alone."""
     python = make_environment(folder, str(wheel), *packages)
@@ -112,7 +112,9 @@ def check_examples(
     print(f"{len(programs)} programs run with the wheel and {which}")
 
 
-def check_release(wheel: Path, folder: Path, version: str, tag: str) -> None:
+def check_release(
+    wheel: Path, folder: Path, version: str, tag: str, oldest: list[str]
+) -> None:
     """Checks what only a release needs."""
     assert tag == f"v{version}", f"the tag {tag} must be v{version}, after the version"
     citation = (ROOT / "CITATION.cff").read_text(encoding="utf-8")
@@ -127,7 +129,7 @@ def check_release(wheel: Path, folder: Path, version: str, tag: str) -> None:
         f'got "## {entry and entry[1]}"'
     )
     programs = [*examples(), DOCTESTS]
-    check_examples(wheel, folder / "oldest", programs, OLDEST)
+    check_examples(wheel, folder / "oldest", programs, oldest)
     check_examples(wheel, folder / "newest", programs)
     shutil.rmtree(ROOT / "dist", ignore_errors=True)
     shutil.copytree(wheel.parent, ROOT / "dist")
@@ -137,16 +139,17 @@ def main() -> None:
     """Does all of it in a folder that is removed in the end."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--release", metavar="TAG", help="check a release of this tag")
-    tag = parser.parse_args().release
+    parser.add_argument("--oldest", nargs="*", default=[], help="versions to try, too")
+    asked = parser.parse_args()
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name).resolve()
         wheel = build(folder)
         check_files(wheel)
         version = check_page(wheel)
-        if tag is None:
+        if asked.release is None:
             check_examples(wheel, folder / "empty", examples()[:1])
         else:
-            check_release(wheel, folder, version, tag)
+            check_release(wheel, folder, version, asked.release, asked.oldest)
 
 
 if __name__ == "__main__":

@@ -483,8 +483,8 @@ def turning_quadratic(
 def checkpoints(steps: int = 204) -> Iterator[Row]:
     """How the next update changes if a state is restored without its eigenbases.
 
-    They are made from the factors by `eigh`, in the order of
-    the eigenvalues, as those of the first step are.
+    The missing eigenbases are made from the factors by `eigh`, in the order of the
+    eigenvalues, as the first step makes them.
     """
     for name, make in {
         "SOAP": soap_optax.scale_by_soap,
@@ -511,8 +511,7 @@ def uneven(key: jax.Array, step: jax.Array) -> jax.Array:
     """A steady gradient with noise that is larger in some directions than in others."""
     rows, columns = (10.0 ** jnp.linspace(0, -2, size) for size in SHAPE)
     noise = rows[:, None] * normal(key, step) * columns
-    mix = (jnp.linalg.qr(jax.random.normal(key, (s, s)))[0] for s in SHAPE)
-    left, right = mix
+    left, right = (jnp.linalg.qr(jax.random.normal(key, (s, s)))[0] for s in SHAPE)
     return left @ (noise + 0.1 * rows[:, None] * columns) @ right
 
 

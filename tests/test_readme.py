@@ -5,6 +5,7 @@ import re
 from pathlib import Path
 
 import pytest
+from test_api import public_names
 
 import soap_optax
 
@@ -39,9 +40,7 @@ def test_every_option_is_described(function):
 def test_every_public_name_is_in_the_api():
     page = (ROOT / "docs" / "api.md").read_text()
     listed = re.findall(r"^::: soap_optax\.(\w+)$", page, re.M)
-    modules = {"mesh", "parameters", "refresh"}
-    public = {name for name in vars(soap_optax) if not name.startswith("_")}
-    assert sorted(listed) == sorted(public - modules)
+    assert sorted(listed) == public_names()
 
 
 def test_functions_that_belong_together_have_the_same_options():

@@ -196,29 +196,3 @@ def test_one_room_talks_to_jax_about_meshes(room):
 def test_nothing_private_of_jax_or_optax(folder):
     for path in (PACKAGE.parent / folder).rglob("*.py"):
         assert not any("._src" in name for name in imports(path)), path
-
-
-def test_public_names():
-    public = {name for name in vars(soap_optax) if not name.startswith("_")}
-    assert public - {"mesh", "parameters", "refresh"} == {
-        "CholeskyQR",
-        "Diagnostics",
-        "DimensionNumbers",
-        "EigenbasisState",
-        "Eigh",
-        "QR",
-        "RefreshMethod",
-        "RefreshRequest",
-        "Refreshed",
-        "ShampooState",
-        "diagnostics",
-        "in_eigenbasis",
-        "matrices",
-        "scale_by_shampoo",
-        "scale_by_soap",
-        "shampoo",
-        "soap",
-        "state_sharding",
-    }
-    for name in public:
-        assert getattr(soap_optax, name).__doc__
