@@ -54,6 +54,8 @@ def run(tx, params=PARAMS):
 
 
 def assert_same(actual, expected, rtol=1e-6):
+    """Other constants can make another program, which rounds otherwise."""
+
     def one(a, b):
         np.testing.assert_allclose(a, b, rtol, 1e-8)
 
@@ -117,7 +119,7 @@ def test_each_setting_alone(make, name):
     same, _ = run(make(**equal, dimension_numbers=MATRICES))
     assert_same(same, plain, rtol=1e-6)
     changed, _ = run(make(**{**equal, name: 0.5}, dimension_numbers=MATRICES))
-    np.testing.assert_array_equal(changed[-1]["layers"]["w"], plain[-1]["layers"]["w"])
+    assert_same(changed[-1]["layers"]["w"], plain[-1]["layers"]["w"])
     assert np.abs(changed[-1]["head"] - plain[-1]["head"]).max() > 1e-5
 
 
@@ -181,7 +183,7 @@ def test_update_rms(make, block_size, scale):
         return updates
 
     actual, plain = second(update_rms=0.2), second()
-    np.testing.assert_array_equal(actual["v"], plain["v"])
+    assert_same(actual["v"], plain["v"])
     size = block_size or 100
 
     def blocks(array):
