@@ -152,6 +152,7 @@ def make_transformation(
         plan = _tree.make_plan(params, options)
         for leaf in plan.leaves:
             _placement.warn_of_cut_blocks(leaf)
+            _placement.check_refresh_axes(leaf, options["refresh_axes"])
         _placement.note_unknown_shardings(plan.leaves, options["params_sharding"])
         state = _state.start(plan, options, None)
         transformation = inner.make(plan.leaves, state.eigenvalues)
@@ -421,7 +422,13 @@ class _Update:
         method = method_of(options["refresh"])
         change = BasisChange(state.count >= _FIRST_RAISE, options["precision"])
         return _spread.make_refresh(
-            self.plan.leaves, state.factors, method, request, change, count
+            self.plan.leaves,
+            state.factors,
+            method,
+            request,
+            change,
+            count,
+            options["refresh_axes"],
         )
 
     def _of_arrays(self) -> list[tuple[Leaf, jax.Array]]:

@@ -8,7 +8,7 @@ travel together, in one dict with a value for each.
 
 import functools
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import (
     Annotated,
     Any,
@@ -97,6 +97,9 @@ class FamilyOptions(TypedDict, total=False):
     ]
     params_sharding: Annotated[
         Any, Option(None, _arguments.tree_or_function("shardings"))
+    ]
+    refresh_axes: Annotated[
+        Sequence[str] | None, Option(None, _arguments.optional(_arguments.names))
     ]
 
 

@@ -171,6 +171,9 @@ def soap(
         refreshed alone, as XLA sees fit. It is not needed on meshes with explicit axes,
         where the types of arrays contain it, and ignored inside `jax.shard_map`. See
         `state_sharding`.
+      refresh_axes: names of mesh axes along which devices that have copies of a factor
+        share its refreshes and then gather the new eigenbases. None means no axis where
+        blocks lie within shards, and all axes elsewhere.
 
     Returns:
       An `optax.GradientTransformationExtraArgs`. Updates have the gradients' dtype.

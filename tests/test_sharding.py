@@ -126,6 +126,11 @@ CASES = {
     "cut": (CUT, {"block_size": 8, "stagger": True}),
     "factorized": (UNBLOCKED, {"factorized": True, "factors": "kl"}),
     "shampoo": (ALIGNED, {"block_size": 4, "optimizer": soap_optax.shampoo}),
+    "shared": (
+        ALIGNED,
+        {"block_size": 4, "refresh_axes": ("d",), "factors": "kl", "basis": "current"},
+    ),
+    "alone": (UNBLOCKED, {"refresh_axes": ()}),
     "bf16": (UNBLOCKED, {"precond_dtype": jnp.bfloat16, "mu_dtype": jnp.bfloat16}),
 }
 IN_EVERY_RUN = {
@@ -134,6 +139,7 @@ IN_EVERY_RUN = {
     ("cut", "1d", AxisType.Explicit),
     ("factorized", "2d", AxisType.Explicit),
     ("shampoo", "3d", AxisType.Auto),
+    ("shared", "3d", AxisType.Auto),
 }
 
 
@@ -296,7 +302,7 @@ def test_each_factor_is_refreshed_on_one_device():
     assert found["all-to-all"] == 2 * 3
 
 
-def exchange_owners(parameters, mesh):
+def exchange_owners(parameters, mesh, refresh_axes=None):
     """Of each exchange: the size, the devices that own something, and the rooms."""
     from soap_optax.mesh import _spread
     from soap_optax.parameters._tree import Leaf
@@ -310,7 +316,7 @@ def exchange_owners(parameters, mesh):
             [jax.ShapeDtypeStruct(s, jnp.float32) for s in layout.factor_shapes()]
         )
     members = list(range(len(leaves)))
-    exchanges = _spread._exchanges(leaves, factors, 0, members)
+    exchanges = _spread._exchanges(leaves, factors, 0, members, refresh_axes)
     return [
         (
             next(factors[i][axis].shape[-1] for i, axis, _ in exchange.owners),
@@ -330,6 +336,22 @@ def test_a_mesh_of_one_device(kind, options):
     )
     tx = make_soap(UNBLOCKED, mesh, initial_basis="identity", **options)
     assert not collectives(compiled(tx, UNBLOCKED, mesh).as_text())
+
+
+@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit], ids=str)
+def test_copies_share_the_refreshes_along_given_axes(kind):
+    """Devices along d have copies of blocks, and only they exchange anything."""
+    mesh, matrix = make_mesh(MESHES["3d"], kind), {"w": ((16, 16), P("x", "y"))}
+    options = {"block_size": 8, "initial_basis": "identity", "refresh_axes": ("d",)}
+    text = compiled(make_soap(matrix, mesh, **options), matrix, mesh).as_text()
+    step, refresh = in_step_and_refresh(text)
+    # One for eigenbases, one for eigenvalues and one for numbers of skipped refreshes.
+    assert not step and refresh == {GATHER: 3}
+    groups = re.findall(r" all-gather\(.*replica_groups=(\S+),", text)
+    along_d = ("{{0,4},{1,5},{2,6},{3,7}}", "[4,2]<=[2,4]T(1,0)")
+    assert len(groups) == 3 and all(group.startswith(along_d) for group in groups)
+    ((_, owners, rooms),) = exchange_owners({"w": ((16, 16), P())}, mesh, ("d",))
+    assert (sorted(owners), rooms) == ([0, 1], 1)
 
 
 def test_work_is_balanced_by_cost():
@@ -559,6 +581,16 @@ def test_shardings_that_do_not_fit(where, sharding, message):
             state_sharding(soap_optax.soap(1e-3), params, sharding(mesh))
         else:
             soap_optax.soap(1e-3, params_sharding=sharding(mesh)).init(params)
+
+
+def test_refresh_axes_are_axes_of_the_mesh():
+    shardings = {"w": NamedSharding(make_mesh((1, 2, 4)), P("x"))}
+    tx = soap_optax.soap(1e-3, params_sharding=shardings, refresh_axes=("data",))
+    message = r"refresh_axes must be .* axes of the mesh, which are d, x, y, got \('da"
+    with pytest.raises(ValueError, match=message):
+        tx.init({"w": jnp.ones((8, 6))})
+    with pytest.raises(ValueError, match="refresh_axes must be a sequence of names"):
+        soap_optax.soap(1e-3, refresh_axes="data")
 
 
 def test_params_sharding_by_a_function_is_of_shapes():

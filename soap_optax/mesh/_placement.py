@@ -252,6 +252,16 @@ def _cut_blocks(leaf: Leaf) -> list[_CutBlocks]:
     return found
 
 
+def check_refresh_axes(leaf: Leaf, refresh_axes: Sequence[str] | None) -> None:
+    """Raises a `ValueError` if an axis is not one of the parameter's mesh."""
+    if leaf.sharding is None:
+        return
+    known = leaf.sharding.mesh.axis_names
+    rule = f"a sequence of axes of the mesh, which are {', '.join(known)}"
+    holds = set(refresh_axes or ()) <= set(known)
+    _arguments.require("refresh_axes", refresh_axes, rule, holds)
+
+
 def warn_of_cut_blocks(leaf: Leaf) -> None:
     """Warns if blocks of a parameter are cut."""
     if leaf.sharding is None:

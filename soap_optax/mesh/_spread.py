@@ -1,11 +1,12 @@
 """Refreshes of parameters on a mesh of devices.
 
-Each device refreshes the blocks that it has of aligned parameters (see `_placement`),
-and there is no communication. All other parameters are *spread*: each matrix of their
-factors is brought to one device, its *owner*, so that all devices have about equally
-much to do, and its new eigenbasis is handed back. An *exchange* does this for the
-factors of one size that are sharded alike. A device has *rooms* in an exchange, each
-for one matrix, and some rooms may stay empty. Everything happens in one
+A parameter is *local* if it is aligned (see `_placement`) and no work is to be shared
+among devices that have copies of it. Each device refreshes the blocks that it has of
+it, and there is no communication. All other parameters are *spread*: each matrix of
+their factors is brought to one device, its *owner*, so that all devices have about
+equally much to do, and its new eigenbasis is handed back. An *exchange* does this for
+the factors of one size that are sharded alike. A device has *rooms* in an exchange,
+each for one matrix, and some rooms may stay empty. Everything happens in one
 `jax.shard_map`, where a device refreshes its own blocks and the matrices that were
 brought to it together.
 """
@@ -43,6 +44,7 @@ def make_refresh(
     request: RefreshRequest,
     change: BasisChange,
     count: int | None,
+    refresh_axes: Sequence[str] | None,
 ) -> "Refresh | SpreadRefresh":
     """Plans a refresh of all parameters, on their mesh if their shardings are known.
 
@@ -53,6 +55,7 @@ def make_refresh(
       request: what is asked of the method.
       change: how moments change basis.
       count: largest number of slots, or None; see `_stacks.make_slots`.
+      refresh_axes: the option, see `soap_optax.soap`.
     """
     if any(leaf.sharding is None for leaf in leaves) or not leaves:
         layouts = tuple(leaf.layout for leaf in leaves)
@@ -60,16 +63,30 @@ def make_refresh(
         wanted = [None] * len(leaves)
         return Refresh(layouts, factors, wanted, method, request, change, slots)
     with_factors = [i for i, leaf in enumerate(leaves) if leaf.layout.has_factors]
-    aligned = [i for i in with_factors if _placement.is_aligned(leaves[i])]
-    others = [i for i in with_factors if i not in aligned]
+    local = [i for i in with_factors if _is_local(leaves[i], refresh_axes or ())]
+    others = [i for i in with_factors if i not in local]
     if count is None:  # Each slot has a similar share of what one device has.
-        both = (_slots_by_shards(leaves, factors, some) for some in (aligned, others))
+        both = (_slots_by_shards(leaves, factors, some) for some in (local, others))
         slots = tuple(a + b for a, b in itertools.zip_longest(*both, fillvalue=()))
     else:  # Slots decide what is refreshed when, so they must not depend on the mesh.
         slots = _stacks.make_slots(factors, count)
+    axes = None if refresh_axes is None else tuple(refresh_axes)
     return SpreadRefresh(
-        tuple(leaves), factors, method, request, change, tuple(aligned), slots
+        tuple(leaves), factors, method, request, change, tuple(local), slots, axes
     )
+
+
+def _is_local(leaf: Leaf, refresh_axes: Sequence[str]) -> bool:
+    """Says whether each device refreshes what it has of a parameter by itself.
+
+    The parameter is then aligned, and along the mesh axes in `refresh_axes` no two
+    devices have copies of a block, so that there is no work to share.
+    """
+    if not _placement.is_aligned(leaf):
+        return False
+    spec, sizes = _placement.spec_and_sizes(leaf)
+    sharded = {name for entry in spec for name in _mesh.names(entry)}
+    return all(sizes[name] == 1 for name in refresh_axes if name not in sharded)
 
 
 def _slots_by_shards(
@@ -200,7 +217,7 @@ class _Exchange:
 @functools.partial(
     jax.tree_util.register_dataclass,
     data_fields=["factors", "request", "change"],
-    meta_fields=["leaves", "method", "aligned", "slots"],
+    meta_fields=["leaves", "method", "local", "slots", "refresh_axes"],
 )
 @dataclasses.dataclass(frozen=True)
 class SpreadRefresh:
@@ -212,8 +229,10 @@ class SpreadRefresh:
       method: method by which eigenbases are refreshed.
       request: what is asked of the method.
       change: how moments change basis.
-      aligned: numbers of the aligned parameters.
+      local: numbers of the parameters that each device refreshes by itself.
       slots: for each slot, the numbers of its parameters.
+      refresh_axes: mesh axes along which devices that have copies share the work, or
+        None for all of them.
     """
 
     leaves: tuple[Leaf, ...]
@@ -221,8 +240,9 @@ class SpreadRefresh:
     method: RefreshMethod
     request: RefreshRequest
     change: BasisChange
-    aligned: tuple[int, ...]
+    local: tuple[int, ...]
     slots: tuple[tuple[int, ...], ...]
+    refresh_axes: tuple[str, ...] | None
 
     @functools.cached_property
     def exchanges(self) -> list[_Exchange]:
@@ -231,26 +251,30 @@ class SpreadRefresh:
             exchange
             for slot, members in enumerate(self.slots)
             for exchange in _exchanges(
-                self.leaves, self.factors, slot, self._spread(members)
+                self.leaves,
+                self.factors,
+                slot,
+                self._spread(members),
+                self.refresh_axes,
             )
         ]
 
     def _spread(self, members: Sequence[int]) -> list[int]:
         """The numbers of the parameters in `members` that are spread."""
-        return [i for i in members if i not in self.aligned]
+        return [i for i in members if i not in self.local]
 
     def run(self, bases: Bases, due: Due) -> Bases:
         """Refreshes the slots that are due; their first moments follow.
 
-        First moments of aligned parameters change basis on each device, slot by slot,
+        First moments of local parameters change basis on each device, slot by slot,
         when the eigenbases are overwritten. First moments of spread parameters change
         basis after that, where they lie. For this all their old eigenbases are kept
         until then.
         """
         if not self.slots:
             return bases
-        aligned = [m if i in self.aligned else [] for i, m in enumerate(bases.moments)]
-        specs = self._specs(local := bases._replace(moments=aligned))
+        moments = [m if i in self.local else [] for i, m in enumerate(bases.moments)]
+        specs = self._specs(operands := bases._replace(moments=moments))
         refresh = _mesh.on_each_device(
             self._run_on_device,
             mesh=_mesh_of(self.leaves),
@@ -259,9 +283,9 @@ class SpreadRefresh:
         )
         raises = jnp.asarray(self.change.raises)
         change = dataclasses.replace(self.change, raises=raises)
-        new = refresh(due, self.request, change, list(self.factors), local)
+        new = refresh(due, self.request, change, list(self.factors), operands)
         moments = list(bases.moments)
-        for i in self.aligned:
+        for i in self.local:
             moments[i] = new.moments[i]
         new = new._replace(moments=moments)
         for slot, members in enumerate(self.slots):
@@ -282,12 +306,12 @@ class SpreadRefresh:
     ) -> Bases:
         """Refreshes the eigenbases of what one device has or owns.
 
-        This is a `Refresh` whose lists have the aligned parameters first and then an
+        This is a `Refresh` whose lists have the local parameters first and then an
         entry for each exchange, as if its factors were a parameter.
         """
-        mine = bases.take(self.aligned)
-        layouts = [_placement.local_layout(self.leaves[i]) for i in self.aligned]
-        all_factors = [factors[i] for i in self.aligned]
+        mine = bases.take(self.local)
+        layouts = [_placement.local_layout(self.leaves[i]) for i in self.local]
+        all_factors = [factors[i] for i in self.local]
         for exchange in self.exchanges:
             bring = functools.partial(_bring, exchange)
             none = functools.partial(_zeros_like_result, bring)
@@ -299,15 +323,15 @@ class SpreadRefresh:
         refresh = Refresh(
             tuple(layouts),
             all_factors,
-            [None] * len(self.aligned) + [e.is_filled() for e in self.exchanges],
+            [None] * len(self.local) + [e.is_filled() for e in self.exchanges],
             self.method,
             request,
             change,
             self._slots_on_device(),
         )
         mine = refresh.run(mine, due)
-        count = len(self.aligned)
-        new = bases.put(self.aligned, mine.take(range(count)))
+        count = len(self.local)
+        new = bases.put(self.local, mine.take(range(count)))
         for number, exchange in enumerate(self.exchanges, count):
             hand_back = functools.partial(_hand_back, exchange)
             keep = lambda new, _: new  # noqa: E731
@@ -317,9 +341,9 @@ class SpreadRefresh:
 
     def _slots_on_device(self) -> tuple[tuple[int, ...], ...]:
         """The slots of the `Refresh` on a device, with the numbers in its lists."""
-        place = {i: number for number, i in enumerate(self.aligned)}
+        place = {i: number for number, i in enumerate(self.local)}
         slots = [[place[i] for i in slot if i in place] for slot in self.slots]
-        for number, exchange in enumerate(self.exchanges, len(self.aligned)):
+        for number, exchange in enumerate(self.exchanges, len(self.local)):
             slots[exchange.slot].append(number)
         return tuple(map(tuple, slots))
 
@@ -446,7 +470,11 @@ class _Kind(NamedTuple):
 
 
 def _exchanges(
-    leaves: Sequence[Leaf], factors: Sequence[Any], slot: int, members: list[int]
+    leaves: Sequence[Leaf],
+    factors: Sequence[Any],
+    slot: int,
+    members: list[int],
+    refresh_axes: tuple[str, ...] | None,
 ) -> list[_Exchange]:
     """Gives the matrices of the spread parameters of a slot to owners, largest first.
 
@@ -458,7 +486,7 @@ def _exchanges(
         for i in members
         for axis, sharding in enumerate(_placement.of_factors(leaves[i]))
         if sharding is not None
-        for kind, count in [_kind(factors[i][axis], sharding)]
+        for kind, count in [_kind(factors[i][axis], sharding, refresh_axes)]
         for number in range(count)
     ]
     sizes = _mesh_of(leaves).shape
@@ -508,10 +536,15 @@ def _give_to_idlest(
     return owner
 
 
-def _kind(factor: jax.Array, sharding: _mesh.NamedSharding) -> tuple[_Kind, int]:
+def _kind(
+    factor: jax.Array,
+    sharding: _mesh.NamedSharding,
+    refresh_axes: tuple[str, ...] | None,
+) -> tuple[_Kind, int]:
     """The kind of the matrices of a factor, and how many of them a device has."""
     *grid, rows, _ = map(_mesh.names, sharding.spec)
     used = {*rows, *(name for entry in grid for name in entry)}
-    copies = tuple(name for name in sharding.mesh.axis_names if name not in used)
+    wanted = sharding.mesh.axis_names if refresh_axes is None else refresh_axes
+    copies = tuple(name for name in wanted if name not in used)
     *count, _, size = sharding.shard_shape(factor.shape)
     return _Kind(size, factor.dtype, rows, copies), math.prod(count)
