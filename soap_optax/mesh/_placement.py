@@ -256,7 +256,7 @@ def check_refresh_axes(leaf: Leaf, refresh_axes: Sequence[str] | None) -> None:
     """Raises a `ValueError` if an axis is not one of the parameter's mesh."""
     if leaf.sharding is None:
         return
-    known = leaf.sharding.mesh.axis_names
+    _, known = spec_and_sizes(leaf)
     rule = f"a sequence of axes of the mesh, which are {', '.join(known)}"
     holds = set(refresh_axes or ()) <= set(known)
     _arguments.require("refresh_axes", refresh_axes, rule, holds)
