@@ -7,8 +7,8 @@ host. All processes run it, because they need one program. When STEPS steps are 
 the process with the number PROCESS sends SIGKILL to itself at the MOMENT:
 
 - `refresh`: a refresh method of this script decomposes as `qr` does, and calls the host
-  as soon as a device has its first new eigenvalues. The new eigenbases are neither
-  stored nor handed to other devices then. This happens on the devices of each process.
+  when a device has new eigenbases. The conditional of the refresh has not ended then,
+  so none of them is in the state. This happens on the devices of each process.
 - `update`: the optimizer calls the host before it updates. This happens on the first
   device only, so PROCESS must be 0.
 - `save`: Orbax writes a checkpoint in the background, to a folder with a temporary
@@ -82,8 +82,9 @@ class DyingQR(soap_optax.QR):
 
     def refresh(self, factors, eigenbases, wanted, request):
         refreshed = super().refresh(factors, eigenbases, wanted, request)
+        # One number, because large operands of a callback can block the CPU backend.
         die = functools.partial(self.death.strike, "refresh")
-        jax.debug.callback(die, refreshed.eigenvalues)
+        jax.debug.callback(die, refreshed.eigenbases.ravel()[0])
         return refreshed
 
 
