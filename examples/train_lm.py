@@ -955,11 +955,14 @@ def restore(
 
 
 def write_rows(path: Path, rows: list[Row]) -> None:
+    """Writes a new file in place of the old one, which is whole until then."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w", newline="") as file:
+    part = path.with_name(path.name + ".part")
+    with part.open("w", newline="") as file:
         writer = csv.DictWriter(file, [field.name for field in dataclasses.fields(Row)])
         writer.writeheader()
         writer.writerows(dataclasses.asdict(row) for row in rows)
+    part.replace(path)
 
 
 def read_rows(path: Path) -> list[Row]:

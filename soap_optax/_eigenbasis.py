@@ -505,7 +505,8 @@ class _Update:
             energies = _kronecker.whitened_energies(
                 coordinates, eigenvalues, leaf.layout, round_off
             )
-        eigenvalues = _kronecker.follow(eigenvalues, energies, weights)
+        followed = _kronecker.follow(eigenvalues, energies, weights)
+        eigenvalues = list(map(_mesh.placed, followed, _placement.of_vectors(leaf)))
         if leaf.layout.has_factors:
             coordinates = _kronecker.bounded(coordinates)
         coordinates = _placement.like_parameter(coordinates, leaf)

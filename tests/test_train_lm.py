@@ -15,12 +15,14 @@ from train_lm import (
     PRESETS,
     Config,
     Corpus,
+    Row,
     main,
     make_model,
     make_state,
     read_rows,
     read_tokens,
     train,
+    write_rows,
 )
 from training import needs_consistent_rms
 
@@ -201,6 +203,18 @@ def test_resumed_metrics_keep_the_rows_before(tmp_path):
     main(dataclasses.replace(config, steps=4))
     main(dataclasses.replace(config, resume=True))
     assert [row.step for row in read_rows(config.metrics)] == [2, 4, 6]
+
+
+def test_a_death_leaves_the_metrics_as_they_were(tmp_path):
+    """A row that cannot be written ends the writing, as the end of a process does."""
+    path = tmp_path / "metrics.csv"
+    first, second = (Row(step, 1.0, 2.0, 2.0, 9.0) for step in (1, 2))
+    write_rows(path, [first])
+    with pytest.raises(TypeError):
+        write_rows(path, [first, second, None])
+    assert [row.step for row in read_rows(path)] == [1]
+    write_rows(path, [first, second])
+    assert [row.step for row in read_rows(path)] == [1, 2]
 
 
 @pytest.mark.parametrize("content", [b"", b"odd"])
