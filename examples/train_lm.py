@@ -388,6 +388,7 @@ SPLITS: dict[str, tuple[str | None, ...]] = {
     "mlp_in": ("fsdp", "tensor"),
     "mlp_gate": ("fsdp", "tensor"),
     "mlp_out": ("tensor", "fsdp"),
+    "router": ("fsdp", None),
     "experts_in": ("fsdp", None, "tensor"),
     "experts_gate": ("fsdp", None, "tensor"),
     "experts_out": ("fsdp", "tensor", None),
@@ -729,9 +730,9 @@ class Corpus:
 def matrices(adam: Sequence[str]) -> Callable[[Any], Any]:
     """Gives factors to all matrices but routers and those that the patterns match.
 
-    The scales of all layers in one stack are no matrix. Routers are small and end in a
-    softmax, as the head does, so that they are left to Adam. Every device has all of
-    them, and would have to refresh their factors again, or to communicate.
+    The scales of all layers in one stack are no matrix. Routers are left to Adam as the
+    head is, because each of their columns gives the scores of one expert, and they end
+    in a softmax. They are few of the parameters.
     """
     not_a_router = "^(?!.*router)"
     return soap_optax.matrices(exclude=("scale", *adam), include=not_a_router)
