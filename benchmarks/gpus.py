@@ -38,7 +38,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent / "experiments"))
 import programs
 import steps
 import train_lm
-from results import machine, report, require_known
+from results import machine, origin, report, require_known
 
 # XLA has to know this of an H200.
 H200 = """
@@ -161,6 +161,7 @@ def main(check: Check) -> None:
         **machine(),
         "target": device.device_kind,
         "cuda_plugin": metadata.version("jax-cuda12-plugin"),
+        **origin("gpus"),
     }
     rows = (
         {"model": check.preset, **row_of(name, check, sharding)} for name in check.rows

@@ -2,11 +2,12 @@
 
     python benchmarks/pods.py --out docs/results
 
-Each row of the table has the bytes of the optimizer's state and of temporaries on a
-chip, the collectives of the optimizer and of the whole step, and the seconds of
-compiling (`compile_s` and `step_compile_s`, without tracing and lowering). The update
-of the optimizer is compiled alone and without clipping by global norm, whose sums cross
-all chips. The command needs the `libtpu` package and no hardware but a CPU.
+Each row of the table has the settings, the bytes of the optimizer's state and of
+temporaries on a chip, the collectives of the optimizer and of the whole step, what
+slices exchange, and the seconds of compiling (`compile_s` and `step_compile_s`, without
+tracing and lowering). The update of the optimizer is compiled alone and without
+clipping by global norm, whose sums cross all chips. No array is made: models of any
+size are shapes here. The command needs the `libtpu` package and no hardware but a CPU.
 """
 
 import os
@@ -22,66 +23,161 @@ import dataclasses
 import functools
 import math
 import sys
+from collections.abc import Iterator
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
+import optax
 import tyro
 from flax.training.train_state import TrainState
 from jax.experimental import topologies
-from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import Mesh, NamedSharding
 
 sys.path.insert(0, str(Path(__file__).parent))
 sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
 sys.path.insert(0, str(Path(__file__).parent.parent / "experiments"))
 import programs
+import recipes
 import train_lm
-from results import machine, report, require_known
+from results import machine, origin, report, require_known
 
 DUMPS = Path(os.environ["XLA_FLAGS"].split("=")[-1])
 
 
 @dataclasses.dataclass(frozen=True)
 class Pod:
-    """A model on a topology: how its arrays are sharded, and the size of its blocks."""
+    """A model on a topology, how its arrays are sharded, and what updates it.
+
+    With several slices each of them has the topology and the mesh.
+    """
 
     preset: str
     topology: str
     mesh: tuple[int, int, int]
     block_size: int
-    vocab: int = 32_128
+    optimizers: tuple[str, ...]
+    vocab: int | None = 32_128
     remat: bool = False
+    slices: int = 1
 
-    @property
-    def config(self) -> train_lm.Config:
+    def config(self, optimizer: str) -> train_lm.Config:
         """The trainer's configuration, with a sequence for each group of chips."""
+        options = {"block_size": self.block_size} | OPTIMIZERS[optimizer]
         return train_lm.Config(
             preset=self.preset,
             mesh=self.mesh,
-            batch=self.mesh[0] * self.mesh[1],
+            slices=self.slices,
+            batch=self.slices * self.mesh[0] * self.mesh[1],
             vocab=self.vocab,
             bf16=True,
             scan=True,
             remat=self.remat,
             initial_basis="identity",
-            block_size=self.block_size,
-            **train_lm.PUBLISHED,
+            **options,
+        ).filled()
+
+
+# The side up to which experts have blocks of their own: their shards have this one.
+EXPERT_BLOCKS = 192
+
+
+def make_soap_experts(
+    config: train_lm.Config, mesh: Mesh | None
+) -> optax.GradientTransformation:
+    """SOAP with larger blocks in experts, which fsdp does not split, than elsewhere."""
+    of_experts = dataclasses.replace(config, block_size=EXPERT_BLOCKS)
+    optimizers = {
+        "expert": train_lm.make_soap(of_experts, mesh),
+        "other": train_lm.make_soap(config, mesh),
+    }
+
+    def labels(params: Any) -> Any:
+        return jax.tree.map_with_path(
+            lambda path, _: "expert" if "experts" in train_lm.names(path) else "other",
+            params,
         )
 
+    return optax.partition(optimizers, labels)
 
-PODS = {
-    "360m": Pod("360m", "v5e:4x4", (1, 4, 4), 256),
-    "660m": Pod("660m", "v5e:4x4", (1, 4, 4), 352),
-    # The vocabulary of 128,256 is rounded up, so that blocks of 128 fit its shards.
-    "llama-8b": Pod("llama-8b", "v5p:8x8x4", (1, 32, 8), 128, 131_072, remat=True),
+
+train_lm.OPTIMIZERS |= {
+    "soap_spheres": recipes.make_soap_spheres,
+    "soap_experts": make_soap_experts,
 }
-OPTIMIZERS = {
+
+# The recipe of docs/recipes.md for models of this size.
+RECIPE: dict[str, Any] = {
+    "learning_rate": 3e-4,
+    "b1": 0.9,
+    "b2": 0.95,
+    "factors": "kl",
+    "basis": "current",
+    "precondition_frequency": 1,
+    "update_rms": 0.2,
+}
+OPTIMIZERS: dict[str, dict[str, Any]] = {
     "adamw": {"optimizer": "adamw"},
-    "soap": {},
-    "soap no blocks": {"block_size": None},
+    "soap": train_lm.PUBLISHED,
+    "recipe": RECIPE,
+    "recipe on spheres": RECIPE | {"optimizer": "soap_spheres"},
+    "recipe no blocks": RECIPE | {"block_size": None},
+    "recipe large blocks": RECIPE | {"optimizer": "soap_experts"},
+    "recipe shared": RECIPE | {"refresh_axes": ("data",)},
+    "recipe shared by all": RECIPE | {"refresh_axes": ("slice", "data")},
+}
+# Their whole steps are not compiled.
+UPDATES_ONLY = ("recipe on spheres", "recipe shared by all")
+# Blocks are as large as the smallest shards: of keys and values in llama-70b, and of
+# what reads the width in qwen3-235b, where each group of chips has an expert.
+PODS = {
+    "360m": Pod(
+        "360m",
+        "v5e:4x4",
+        (1, 4, 4),
+        256,
+        ("adamw", "soap", "recipe", "recipe on spheres"),
+    ),
+    "660m": Pod("660m", "v5e:4x4", (1, 4, 4), 352, ("adamw", "recipe")),
+    # The vocabulary of 128,256 is rounded up, so that blocks of 128 fit its shards.
+    "llama-8b": Pod(
+        "llama-8b",
+        "v5p:8x8x4",
+        (1, 32, 8),
+        128,
+        ("adamw", "soap", "recipe"),
+        131_072,
+        remat=True,
+    ),
+    "llama-70b": Pod(
+        "llama-70b",
+        "v5p:8x8x16",
+        (1, 64, 16),
+        64,
+        ("adamw", "recipe"),
+        None,
+        remat=True,
+    ),
+    "qwen3-235b": Pod(
+        "qwen3-235b",
+        "v5p:8x8x16",
+        (1, 128, 8),
+        32,
+        ("adamw", "recipe", "recipe large blocks", "recipe no blocks"),
+        None,
+        remat=True,
+    ),
+    "360m, slices": Pod("360m", "v5e:4x4", (1, 4, 4), 256, ("recipe",), slices=2),
+    "360m, slices of copies": Pod(
+        "360m",
+        "v5e:4x4",
+        (2, 4, 2),
+        256,
+        ("recipe", "recipe shared", "recipe shared by all"),
+        slices=2,
+    ),
 }
 
 
@@ -91,16 +187,20 @@ class Check:
 
     out: Path = Path("runs/pods")
     pods: tuple[str, ...] = tuple(PODS)
-    optimizers: tuple[str, ...] = ("adamw", "soap")
+    optimizers: tuple[str, ...] = tuple(OPTIMIZERS)
+    """Which of the optimizers of a pod have a row."""
     step: bool = True
     """Compile the training step, too, and not only the update of the optimizer."""
 
 
-def make_mesh(pod: Pod) -> Mesh:
-    """The mesh of a topology whose chips need not be there."""
-    devices = topologies.get_topology_desc(pod.topology, platform="tpu").devices
-    kinds = (AxisType.Auto,) * len(train_lm.AXES)
-    return Mesh(np.array(devices).reshape(pod.mesh), train_lm.AXES, axis_types=kinds)
+def make_mesh(pod: Pod, config: train_lm.Config) -> Mesh:
+    """The trainer's mesh of a topology whose chips need not be there."""
+    topology = topologies.get_topology_desc(
+        pod.topology, platform="tpu", num_slices=pod.slices
+    )
+    mesh = train_lm.make_mesh(config, topology.devices)
+    assert mesh is not None  # There is one, because the configuration has its sizes.
+    return mesh
 
 
 def abstract_state(config: train_lm.Config, mesh: Mesh, tx: Any) -> TrainState:
@@ -137,11 +237,46 @@ def timed(lowered: Any) -> tuple[float, Any, str]:
 
 
 def row_of(pod: Pod, name: str, *, whole_step: bool) -> dict[str, Any]:
-    config = dataclasses.replace(pod.config, **OPTIMIZERS[name]).filled()
-    mesh = make_mesh(pod)
-    row = {"model": pod.preset, "topology": pod.topology, "optimizer": name}
+    config = pod.config(name)
+    mesh = make_mesh(pod, config)
+    row = {
+        "model": pod.preset,
+        "topology": pod.topology,
+        "slices": pod.slices,
+        "optimizer": name,
+        "mesh": " x ".join(map(str, config.mesh)),
+        **settings(config),
+    }
     row |= update_of(config, mesh)
     return row | step_of(config, mesh) if whole_step else row
+
+
+def settings(config: train_lm.Config) -> dict[str, Any]:
+    """The settings that make the program what it is; None where there is nothing."""
+    names = (
+        "block_size",
+        "factors",
+        "basis",
+        "precondition_frequency",
+        "nesterov",
+        "update_rms",
+        "refresh_axes",
+        "remat",
+        "batch",
+        "context",
+    )
+    found = {name: getattr(config, name) for name in names}
+    if config.refresh_axes is not None:
+        found["refresh_axes"] = " ".join(config.refresh_axes)
+    found["left_to_adam"] = " ".join(config.adam) or None
+    if config.optimizer == "adamw":
+        of_both = ("nesterov", "remat", "batch", "context")
+        found = {name: found[name] if name in of_both else None for name in found}
+    if config.optimizer == "soap_spheres":
+        found["update_rms"] = None  # Spheres take its place.
+    if config.optimizer == "soap_experts":
+        found["block_size"] = f"{config.block_size}, experts {EXPERT_BLOCKS}"
+    return found
 
 
 def update_of(config: train_lm.Config, mesh: Mesh) -> dict[str, Any]:
@@ -156,15 +291,18 @@ def update_of(config: train_lm.Config, mesh: Mesh) -> dict[str, Any]:
     total = bytes_of(alone.opt_state, on_a_chip=False)
     return {
         "parameters_m": sum(x.size for x in jax.tree.leaves(alone.params)) / 1e6,
-        "mesh": " x ".join(map(str, config.mesh)),
-        "block_size": None if config.optimizer == "adamw" else config.block_size,
         "state_mb_a_chip": state / 1e6,
         "state_over_share": state / (total / mesh.size),
         "temporary_mb_a_chip": memory.temp_size_in_bytes / 1e6,
-        **programs.collectives(text),
+        **exchanges(text),
         "program_mb": memory.generated_code_size_in_bytes / 1e6,
         "compile_s": seconds,
     }
+
+
+def exchanges(text: str) -> dict[str, Any]:
+    """What chips exchange within a slice, and between slices."""
+    return programs.collectives(text) | programs.between_slices(text)
 
 
 def step_of(config: train_lm.Config, mesh: Mesh) -> dict[str, Any]:
@@ -178,7 +316,7 @@ def step_of(config: train_lm.Config, mesh: Mesh) -> dict[str, Any]:
     seconds, program, text = timed(lowered)
     memory = programs.memory_of(program)
     return {
-        **{f"step_{key}": value for key, value in programs.collectives(text).items()},
+        **{f"step_{key}": value for key, value in exchanges(text).items()},
         "step_temporary_mb_a_chip": memory.temp_size_in_bytes / 1e6,
         "step_program_mb": memory.generated_code_size_in_bytes / 1e6,
         "step_compile_s": seconds,
@@ -188,13 +326,20 @@ def step_of(config: train_lm.Config, mesh: Mesh) -> dict[str, Any]:
 def main(check: Check) -> None:
     require_known("pods", check.pods, PODS)
     require_known("optimizers", check.optimizers, OPTIMIZERS)
-    rows = (
-        row_of(PODS[pod], name, whole_step=check.step)
-        for pod in check.pods
-        for name in check.optimizers
-    )
-    about = {**machine(), "libtpu": metadata.version("libtpu")}
-    report(rows, check.out / "pods.csv", about)
+    libtpu = {"libtpu": metadata.version("libtpu")}
+    about = machine() | libtpu | origin("pods")
+    report(rows_of(check), check.out / "pods.csv", about)
+
+
+def rows_of(check: Check) -> Iterator[dict[str, Any]]:
+    """The rows of the table, each compiled when it is asked for."""
+    for pod_name in check.pods:
+        pod = PODS[pod_name]
+        for name in pod.optimizers:
+            if name in check.optimizers:
+                print(f"{pod_name}, {name}: compiling", file=sys.stderr, flush=True)
+                whole_step = check.step and name not in UPDATES_ONLY
+                yield row_of(pod, name, whole_step=whole_step)
 
 
 if __name__ == "__main__":

@@ -5,10 +5,10 @@ reads it was written, the function raises an `UnexpectedTextError`, which says w
 looked for and shows the place. So a count of zero means that there is nothing to count.
 """
 
-import collections
 import math
 import re
 import time
+from collections.abc import Iterable
 from typing import Any
 
 # The instructions of XLA by which devices exchange arrays.
@@ -147,27 +147,56 @@ def _bytes_copied(line: str) -> int:
 def collectives(text: str) -> dict[str, Any]:
     """How many collectives of each kind a program has, and the bytes of their results.
 
-    A collective in the body of a loop, like that over layers, counts once.
+    A collective in the body of a loop, like that over layers, counts once. XLA can
+    spread a collective over the work that hides it, and then writes it several times,
+    with one channel and one result. It counts once, too.
     """
-    counts: collections.Counter[str] = collections.Counter()
-    size = 0
-    for line in _lines(text):
-        found = re.search(rf" ({'|'.join(COLLECTIVES)})(-start)?\(", line)
-        if found is None:
+    found: dict[Any, tuple[str, int]] = {}
+    for number, line in enumerate(_lines(text)):
+        match = re.search(rf" ({'|'.join(COLLECTIVES)})(-start)?\(", line)
+        if match is None:
             continue
-        kind, start = found.groups()
-        counts[kind] += 1
-        result = line[: found.start()].partition("= ")[2]
-        sizes = [
-            _bytes(dtype, dims)
-            for dtype, dims in _arrays(result, line)
-            if (dtype, dims) != ("u32", "")  # -start passes them on to its -done
+        kind, start = match.groups()
+        arrays = [
+            array
+            for array in _arrays(line[: match.start()].partition("= ")[2], line)
+            if array != ("u32", "")  # -start passes them on to its -done
         ]
         if start and kind in ("all-gather", "collective-permute"):
-            sizes = sizes[len(sizes) // 2 :]  # the first half are the operands
-        size += sum(sizes)
-    named = "; ".join(f"{count} {kind}" for kind, count in sorted(counts.items()))
-    return {"collectives": named or 0, "collectives_mb": size / 1e6}
+            arrays = arrays[len(arrays) // 2 :]  # the first half are the operands
+        channel = re.search(r"channel_id=(\d+)", line)
+        key = (kind, channel[1], *arrays) if channel else number
+        found[key] = kind, sum(_bytes(dtype, dims) for dtype, dims in arrays)
+    return _by_kind("collectives", found.values())
+
+
+def between_slices(text: str) -> dict[str, Any]:
+    """What a program of several TPU slices exchanges between them, as `collectives`.
+
+    The text is that of one slice. Its collectives are within the slice, and what it
+    receives from other slices it receives through its host.
+    """
+    found = []
+    for line in _lines(text):
+        match = re.search(r" recv\(", line)
+        kind = re.search(r'_xla_megascale_transfer_type="(\w+)"', line)
+        if match and kind:
+            dtype, dims = _arrays(line[: match.start()].partition("= ")[2], line)[0]
+            found.append((kind[1].lower().replace("_", "-"), _bytes(dtype, dims)))
+    return _by_kind("between_slices", found)
+
+
+def _by_kind(name: str, found: Iterable[tuple[str, int]]) -> dict[str, Any]:
+    """Columns of a table for exchanges, of each of which kind and bytes are given."""
+    sizes: dict[str, list[int]] = {}
+    for kind, size in found:
+        sizes.setdefault(kind, []).append(size)
+    texts = [
+        f"{len(sizes[kind])} {kind} of {sum(sizes[kind]) / 1e6:.4g} MB"
+        for kind in sorted(sizes)
+    ]
+    total = sum(map(sum, sizes.values()))
+    return {name: "; ".join(texts) or 0, f"{name}_mb": total / 1e6}
 
 
 def _arrays(result: str, line: str) -> list[tuple[str, str]]:

@@ -545,9 +545,13 @@ def model_of(shape: Shape) -> tuple[Tree, Callable[..., Any]]:
     import train_lm
 
     dtype = jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16
-    model = train_lm.Transformer(
-        shape.vocab, shape.layers, shape.width, shape.head_dim, dtype
+    sizes = dataclasses.replace(
+        train_lm.PRESETS["tiny"],
+        depth=shape.layers,
+        width=shape.width,
+        head_dim=shape.head_dim,
     )
+    model = train_lm.Transformer(shape.vocab, sizes, dtype)
     tokens = jnp.zeros((1, 8), jnp.int32)
     params = jax.jit(model.init)(jax.random.key(0), tokens)["params"]
     loss = lambda params, tokens: train_lm.cross_entropy(model, params, tokens)[0]  # noqa: E731

@@ -8,12 +8,13 @@
 This one file is there to be read from top to bottom and to be copied: it has devices,
 the model, data, optimizers, a jitted step and the loop. The architecture is that of the
 SOAP paper's experiments, written in Flax: pre-norm, RoPE, QK-norm, a GELU MLP of four
-times the width, no biases and a z-loss.
+times the width, no biases and a z-loss. Some presets have the sizes of Llama 3 and of
+Qwen3's mixture of experts in this architecture.
 
-On several devices (`--mesh`) the batch is split over the axes data and fsdp, matrices
-are split over fsdp and tensor, and the state of the optimizer is split as they are. A
-checkpoint continues on any mesh. With several processes (`--distributed`), each of them
-runs the command.
+On several devices (`--mesh`) the batch is split over the axes slice, data and fsdp,
+matrices are split over fsdp and tensor, experts over fsdp, and the state of the
+optimizer is split as they are. A checkpoint continues on any mesh. With several
+processes (`--distributed`), each of them runs the command.
 """
 
 import csv
@@ -45,7 +46,12 @@ import soap_optax
 
 @dataclasses.dataclass(frozen=True)
 class Preset:
-    """The sizes of a model and its batches; 210m, 360m and 660m are the paper's."""
+    """The sizes of a model and its batches; 210m, 360m and 660m are the paper's.
+
+    Those of `llama-…` are published in arXiv 2407.21783, and those of `qwen3-235b` in
+    arXiv 2505.09388, with the contexts of their pre-training. Batches, steps and warmup
+    of these are round numbers.
+    """
 
     depth: int
     width: int
@@ -54,12 +60,19 @@ class Preset:
     batch: int
     steps: int
     warmup: int
+    heads: int | None = None
+    """How many heads queries have; with None they are as wide as the model together."""
     kv_heads: int | None = None
     """How many heads keys and values have; with None they have those of queries."""
     mlp: int | None = None
-    """The width of the MLP; with None it is four times that of the model."""
+    """The width of the MLP, or of each expert; with None it is four times that of the
+    model."""
     gated: bool = False
-    """Whether the MLP is a SwiGLU."""
+    """Whether the MLP is a SwiGLU, as experts always are."""
+    experts: int = 0
+    """How many experts are in the place of each MLP; with 0 there are none."""
+    active_experts: int = 0
+    """How many experts each token is sent to."""
     vocab: int | None = None
 
 
@@ -80,6 +93,48 @@ PRESETS = {
         mlp=14336,
         gated=True,
         vocab=128_256,
+    ),
+    "llama-70b": Preset(
+        80,
+        8192,
+        128,
+        context=8192,
+        batch=512,
+        steps=100_000,
+        warmup=2000,
+        kv_heads=8,
+        mlp=28672,
+        gated=True,
+        vocab=128_256,
+    ),
+    "tiny-experts": Preset(
+        2,
+        128,
+        32,
+        context=128,
+        batch=32,
+        steps=600,
+        warmup=50,
+        mlp=256,
+        gated=True,
+        experts=8,
+        active_experts=2,
+    ),
+    "qwen3-235b": Preset(
+        94,
+        4096,
+        128,
+        context=4096,
+        batch=1024,
+        steps=100_000,
+        warmup=2000,
+        heads=64,
+        kv_heads=4,
+        mlp=1536,
+        gated=True,
+        experts=128,
+        active_experts=8,
+        vocab=151_936,
     ),
 }
 
@@ -116,7 +171,16 @@ PUBLISHED = UNTUNED | {"nesterov": False, "adam": ()}
 class Config:
     """What to train, on what, and how."""
 
-    preset: Literal["tiny", "210m", "360m", "660m", "llama-8b"] = "tiny"
+    preset: Literal[
+        "tiny",
+        "210m",
+        "360m",
+        "660m",
+        "llama-8b",
+        "llama-70b",
+        "tiny-experts",
+        "qwen3-235b",
+    ] = "tiny"
     optimizer: str = "soap"
     """A name in `OPTIMIZERS`: `soap`, `shampoo`, `muon`, `adamw` or `lion`. Muon needs
     an optax newer than 0.2.6."""
@@ -179,8 +243,14 @@ class Config:
     remat: bool = False
     """Compute a layer once more for its gradients, in place of keeping all of it."""
     mesh: tuple[int, int, int] | None = None
-    """How many devices are along the axes data, fsdp and tensor; with None there is one
-    device."""
+    """How many devices are along the axes data, fsdp and tensor of a slice; with None
+    there is one device."""
+    slices: int = 1
+    """How many slices the devices are in, each with a mesh of its own. Devices of one
+    slice have a fast network. Between slices only gradients are summed."""
+    refresh_axes: tuple[str, ...] | None = None
+    """The axes of the mesh along which copies of a factor share its refreshes;
+    `soap_optax.soap` explains it."""
     distributed: bool = False
     """Be one of several processes, which JAX finds on a cluster."""
     coordinator: str | None = None
@@ -271,17 +341,26 @@ class Config:
     @property
     def shards(self) -> int:
         """The number of parts into which devices split a batch."""
-        return 1 if self.mesh is None else math.prod(self.mesh[:2])
+        return 1 if self.mesh is None else self.slices * math.prod(self.mesh[:2])
 
     def check_devices(self) -> None:
         """Refuses a mesh that does not fit the batch, and processes without a mesh."""
         if self.mesh is not None and min(self.mesh) < 1:
             raise ValueError(f"--mesh must be of sizes above 0, got {self.mesh}")
+        if self.slices < 1 or (self.slices > 1 and self.mesh is None):
+            raise ValueError(
+                f"--slices must be at least 1, and 1 without --mesh, got {self.slices}"
+            )
         micro_batch = self.batch // self.accumulate
         if micro_batch % self.shards:
             raise ValueError(
-                f"--mesh must have data * fsdp that divides the micro-batch of "
-                f"{micro_batch}, got {self.mesh[0]} * {self.mesh[1]}"
+                f"--mesh must have slices * data * fsdp that divides the micro-batch "
+                f"of {micro_batch}, got {self.slices} * {self.mesh[0]} * {self.mesh[1]}"
+            )
+        if unknown := set(self.refresh_axes or ()) - set(AXES):
+            raise ValueError(
+                f"--refresh-axes must be of {', '.join(AXES)}, got "
+                f"{', '.join(sorted(unknown))}"
             )
         if self.distributed and self.mesh is None:
             raise ValueError("--distributed needs --mesh, got none")
@@ -295,11 +374,12 @@ class Config:
 
 # --- devices -------------------------------------------------------------------------
 
-AXES = ("data", "fsdp", "tensor")
-BATCH_AXES = ("data", "fsdp")
-# The axes of the mesh that split a matrix, by a name on the path to it. Every device
-# has all other parameters.
-SPLITS = {
+AXES = ("slice", "data", "fsdp", "tensor")
+COPY_AXES = ("slice", "data")
+BATCH_AXES = (*COPY_AXES, "fsdp")
+# The axes of the mesh that split the last axes of a parameter, by a name on the path to
+# it. Every device has all other parameters.
+SPLITS: dict[str, tuple[str | None, ...]] = {
     "embed": ("tensor", "fsdp"),
     "query": ("fsdp", "tensor"),
     "key": ("fsdp", "tensor"),
@@ -308,6 +388,10 @@ SPLITS = {
     "mlp_in": ("fsdp", "tensor"),
     "mlp_gate": ("fsdp", "tensor"),
     "mlp_out": ("tensor", "fsdp"),
+    "router": ("fsdp", None),
+    "experts_in": ("fsdp", None, "tensor"),
+    "experts_gate": ("fsdp", None, "tensor"),
+    "experts_out": ("fsdp", "tensor", None),
     "unembed": ("fsdp", "tensor"),
 }
 
@@ -317,12 +401,18 @@ def make_mesh(config: Config, devices: Any = None) -> Mesh | None:
     if config.mesh is None:
         return None
     devices = jax.devices() if devices is None else devices
-    if math.prod(config.mesh) != len(devices):
+    if config.slices * math.prod(config.mesh) != len(devices):
+        slices = "" if config.slices == 1 else f" in {config.slices} slices"
         raise ValueError(
-            f"--mesh must be of all {len(devices)} devices, got {config.mesh}"
+            f"--mesh must be of all {len(devices)} devices, got {config.mesh}{slices}"
         )
+    by_slice = sorted(devices, key=lambda device: getattr(device, "slice_index", 0))
+    meshes = [
+        jax.make_mesh(config.mesh, AXES[1:], devices=list(slice_devices)).devices
+        for slice_devices in np.reshape(by_slice, (config.slices, -1))
+    ]
     kinds = (AxisType.Auto,) * len(AXES)
-    return jax.make_mesh(config.mesh, AXES, axis_types=kinds, devices=devices)
+    return Mesh(np.stack(meshes), AXES, axis_types=kinds)
 
 
 def names(path: tuple[Any, ...]) -> list[str]:
@@ -332,7 +422,7 @@ def names(path: tuple[Any, ...]) -> list[str]:
 def param_shardings(mesh: Mesh, params: Any) -> Any:
     """The shardings of parameters, or of their shapes.
 
-    `SPLITS` says how the last two axes are split. An axis that cannot be split into
+    `SPLITS` says how the last axes are split. An axis that cannot be split into
     equal parts stays whole.
     """
 
@@ -391,83 +481,156 @@ def rotary(x: jax.Array) -> jax.Array:
     return jnp.concatenate([left * cos - right * sin, left * sin + right * cos], -1)
 
 
+def route(scores: jax.Array, active: int, capacity: int) -> tuple[jax.Array, jax.Array]:
+    """Sends each token to the experts that it has the highest scores for.
+
+    An expert takes the tokens of a sequence in their order until it has enough, so that
+    no token depends on later ones.
+
+    Args:
+      scores: of the experts for the tokens, `[batch, time, experts]`.
+      active: how many experts a token is sent to.
+      capacity: how many tokens of a sequence an expert takes.
+
+    Returns:
+      Ones where a token has a place with an expert, `[batch, time, experts, capacity]`,
+      and the weights of the experts for the tokens, `[batch, time, experts]`, which
+      have the sum 1 for each token.
+    """
+    _, best = jax.lax.top_k(scores, active)
+    chosen = jax.nn.one_hot(best, scores.shape[-1]).sum(axis=-2)
+    weights = scores * chosen
+    places = jnp.cumsum(chosen, axis=1).astype(jnp.int32) - 1
+    # A place from the capacity on is all zeros.
+    taken = jax.nn.one_hot(places, capacity) * chosen[..., None]
+    return taken, weights / weights.sum(axis=-1, keepdims=True)
+
+
+class Experts(nn.Module):
+    """A mixture of experts: SwiGLU MLPs, some of which each token is sent to.
+
+    Tokens go to experts and come back by products with arrays of zeros and ones, as in
+    GShard, arXiv 2006.16668, where each sequence is a group. An expert takes at most
+    `CAPACITY` times as many tokens of a sequence as it has with equal loads. Tokens
+    beyond that pass it by on the residual connection. There is no loss that makes loads
+    equal.
+    """
+
+    preset: Preset
+    dtype: Any
+    mesh: Mesh | None = None
+
+    CAPACITY = 1.25
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        (_, time, width), sizes = x.shape, self.preset
+        mlp = sizes.mlp or 4 * width
+        equal = sizes.active_experts * time / sizes.experts
+        logits = nn.Dense(sizes.experts, use_bias=False, name="router")(
+            x.astype(jnp.float32)
+        )
+        taken, weights = route(
+            jax.nn.softmax(logits),
+            sizes.active_experts,
+            math.ceil(self.CAPACITY * equal),
+        )
+        combine = (taken * weights[..., None]).astype(self.dtype)
+        init = nn.initializers.lecun_normal(batch_axis=0)
+        matrix = lambda name, *shape: self.param(  # noqa: E731
+            name, init, (sizes.experts, *shape)
+        ).astype(self.dtype)
+        tokens = jnp.einsum("btec,btd->becd", taken.astype(self.dtype), x)
+        tokens = split(tokens, self.mesh, COPY_AXES, "fsdp")
+        hidden = jnp.einsum("becd,edm->becm", tokens, matrix("experts_in", width, mlp))
+        gate = jnp.einsum("becd,edm->becm", tokens, matrix("experts_gate", width, mlp))
+        hidden = nn.silu(gate) * hidden
+        out = jnp.einsum("becm,emd->becd", hidden, matrix("experts_out", mlp, width))
+        out = split(out, self.mesh, COPY_AXES, "fsdp")
+        return jnp.einsum("btec,becd->btd", combine, out)
+
+
 class Block(nn.Module):
     """Attention and MLP, each behind a layer norm and around a residual connection."""
 
-    head_dim: int
+    preset: Preset
     dtype: Any
-    kv_heads: int | None = None
-    mlp: int | None = None
-    gated: bool = False
     mesh: Mesh | None = None
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
+        y = self.norm("attention_norm")(x)
+        x = x + self.attention(y)
+        y = self.norm("mlp_norm")(x)
+        if self.preset.experts:
+            x = x + Experts(self.preset, self.dtype, self.mesh, name="experts")(y)
+        else:
+            x = x + self.mlp(y)
+        return split(x, self.mesh, BATCH_AXES)
+
+    def attention(self, x: jax.Array) -> jax.Array:
+        width, head_dim = x.shape[-1], self.preset.head_dim
+        heads = self.preset.heads or width // head_dim
+        kv_heads = self.preset.kv_heads or heads
+        split_heads = lambda y: y.reshape(*y.shape[:2], -1, head_dim)  # noqa: E731
+        query, key, value = (
+            split_heads(self.linear(count * head_dim, name)(x))
+            for name, count in (
+                ("query", heads),
+                ("key", kv_heads),
+                ("value", kv_heads),
+            )
+        )
+        query, key = self.norm("query_norm")(query), self.norm("key_norm")(key)
+        y = jax.nn.dot_product_attention(
+            rotary(query), rotary(key), value, is_causal=True
+        )
+        return self.linear(width, "attention_out")(y.reshape(*y.shape[:2], -1))
+
+    def mlp(self, x: jax.Array) -> jax.Array:
         width = x.shape[-1]
-        linear = lambda size, name: nn.Dense(  # noqa: E731
-            size, use_bias=False, dtype=self.dtype, name=name
-        )
-        norm = lambda name: nn.LayerNorm(  # noqa: E731
-            use_bias=False, dtype=self.dtype, name=name
-        )
-        heads = lambda y: y.reshape(*y.shape[:2], -1, self.head_dim)  # noqa: E731
-        kv_width = self.kv_heads * self.head_dim if self.kv_heads else width
-        sizes = {"query": width, "key": kv_width, "value": kv_width}
-        y = norm("attention_norm")(x)
-        query, key, value = (heads(linear(size, n)(y)) for n, size in sizes.items())
-        query, key = rotary(norm("query_norm")(query)), rotary(norm("key_norm")(key))
-        y = jax.nn.dot_product_attention(query, key, value, is_causal=True)
-        x = x + linear(width, "attention_out")(y.reshape(x.shape))
-        y = norm("mlp_norm")(x)
-        hidden = linear(self.mlp or 4 * width, "mlp_in")(y)
-        if self.gated:
-            hidden = nn.silu(linear(hidden.shape[-1], "mlp_gate")(y)) * hidden
+        mlp = self.preset.mlp or 4 * width
+        hidden = self.linear(mlp, "mlp_in")(x)
+        if self.preset.gated:
+            hidden = nn.silu(self.linear(mlp, "mlp_gate")(x)) * hidden
         else:
             hidden = nn.gelu(hidden)
-        x = x + linear(width, "mlp_out")(hidden)
-        return split(x, self.mesh, BATCH_AXES)
+        return self.linear(width, "mlp_out")(hidden)
+
+    def linear(self, size: int, name: str) -> nn.Dense:
+        return nn.Dense(size, use_bias=False, dtype=self.dtype, name=name)
+
+    def norm(self, name: str) -> nn.LayerNorm:
+        return nn.LayerNorm(use_bias=False, dtype=self.dtype, name=name)
 
 
 class Transformer(nn.Module):
     """A decoder-only transformer from tokens `[batch, time]` to logits in float32."""
 
     vocab: int
-    depth: int
-    width: int
-    head_dim: int
+    preset: Preset
     dtype: Any = jnp.float32
-    kv_heads: int | None = None
-    mlp: int | None = None
-    gated: bool = False
     scan: bool = False
     remat: bool = False
     mesh: Mesh | None = None
 
     @nn.compact
     def __call__(self, tokens: jax.Array) -> jax.Array:
-        table = nn.Embed(self.vocab, self.width, name="embed").embedding
+        table = nn.Embed(self.vocab, self.preset.width, name="embed").embedding
         table = split(table.astype(self.dtype), self.mesh, P.UNCONSTRAINED, None)
         x = split(jnp.take(table, tokens, axis=0), self.mesh, BATCH_AXES)
         kind = nn.remat(Block, prevent_cse=not self.scan) if self.remat else Block
-        block = functools.partial(
-            kind,
-            self.head_dim,
-            self.dtype,
-            self.kv_heads,
-            self.mlp,
-            self.gated,
-            mesh=self.mesh,
-        )
+        block = functools.partial(kind, self.preset, self.dtype, self.mesh)
         if self.scan:
             stack = nn.scan(
                 lambda layer, x: (layer(x), None),
                 variable_axes={"params": 0},
                 split_rngs={"params": True},
-                length=self.depth,
+                length=self.preset.depth,
             )
             x, _ = stack(block(name="blocks"), x)
         else:
-            for i in range(self.depth):
+            for i in range(self.preset.depth):
                 x = block(name=f"block_{i}")(x)
         x = nn.LayerNorm(use_bias=False, dtype=self.dtype, name="final_norm")(x)
         logits = nn.Dense(self.vocab, use_bias=False, dtype=self.dtype, name="unembed")(
@@ -477,16 +640,10 @@ class Transformer(nn.Module):
 
 
 def make_model(config: Config, mesh: Mesh | None = None) -> Transformer:
-    preset = PRESETS[config.preset]
     return Transformer(
         config.vocab,
-        preset.depth,
-        preset.width,
-        preset.head_dim,
+        PRESETS[config.preset],
         dtype=jnp.bfloat16 if config.bf16 else jnp.float32,
-        kv_heads=preset.kv_heads,
-        mlp=preset.mlp,
-        gated=preset.gated,
         scan=config.scan,
         remat=config.remat,
         mesh=mesh,
@@ -571,11 +728,14 @@ class Corpus:
 
 
 def matrices(adam: Sequence[str]) -> Callable[[Any], Any]:
-    """Gives factors to all matrices but those that the patterns `adam` match.
+    """Gives factors to all matrices but routers and those that the patterns match.
 
-    The scales of all layers in one stack are no matrix.
+    The scales of all layers in one stack are no matrix. Routers are left to Adam as the
+    head is, because each of their columns gives the scores of one expert, and they end
+    in a softmax. They are few of the parameters.
     """
-    return soap_optax.matrices(exclude=("scale", *adam))
+    not_a_router = "^(?!.*router)"
+    return soap_optax.matrices(exclude=("scale", *adam), include=not_a_router)
 
 
 def is_numbers(node: Any) -> bool:
@@ -635,6 +795,7 @@ def eigenbasis_options(config: Config, mesh: Mesh | None) -> dict[str, Any]:
         "refresh_precision": config.refresh_precision,
         "dimension_numbers": matrices(config.adam),
         "rcond": config.rcond,
+        "refresh_axes": config.refresh_axes,
         "params_sharding": mesh and functools.partial(param_shardings, mesh),
     }
 

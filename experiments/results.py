@@ -1,10 +1,13 @@
 """What the experiments share: runs that are kept, and tables that name the machine."""
 
+import ast
 import concurrent.futures
 import csv
+import hashlib
 import multiprocessing
 import os
 import platform
+import subprocess
 import sys
 from collections.abc import Callable, Collection, Iterable, Mapping
 from pathlib import Path
@@ -25,6 +28,69 @@ def machine() -> dict[str, str]:
         "jax": jax.__version__,
         "dtype": "float32",
     }
+
+
+ROOT = Path(__file__).parent.parent
+# The modules whose programs are in a table, so that it is out of date when they change.
+# The table and the command that makes it have equal names.
+SOURCES = {
+    "pods": (
+        "soap_optax/**/*.py",
+        "examples/train_lm.py",
+        "experiments/recipes.py",
+        "benchmarks/pods.py",
+        "benchmarks/programs.py",
+    ),
+    "gpus": (
+        "soap_optax/**/*.py",
+        "examples/train_lm.py",
+        "benchmarks/gpus.py",
+        "benchmarks/programs.py",
+        "benchmarks/steps.py",
+    ),
+}
+
+
+def origin(table: str) -> dict[str, str]:
+    """The commit, and a hash of the code that a table in `SOURCES` is made from.
+
+    The hash changes with the code of the modules, and not with their comments,
+    docstrings and line breaks. It is the same for all versions of Python.
+    """
+    paths = sorted(path for glob in SOURCES[table] for path in ROOT.glob(glob))
+    codes = {
+        path.relative_to(ROOT).as_posix(): code_of(path.read_text(encoding="utf-8"))
+        for path in paths
+    }
+    digest = hashlib.sha256(repr(codes).encode()).hexdigest()
+    command = ["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--exclude=*"]
+    commit = subprocess.run(command, capture_output=True, text=True, check=False)
+    return {"commit": commit.stdout.strip() or "unknown", "sources": digest[:12]}
+
+
+def code_of(text: str) -> str:
+    """The syntax tree of a module without strings that are statements, as a text.
+
+    `ast.dump` would write empty fields, which differ between versions of Python.
+    """
+
+    def write(node: Any) -> Any:
+        if isinstance(node, list):
+            return [write(item) for item in node if not is_docstring(item)]
+        if isinstance(node, ast.Constant):
+            return repr(node.value)
+        if not isinstance(node, ast.AST):
+            return node
+        fields = ((name, value) for name, value in ast.iter_fields(node))
+        return type(node).__name__, [
+            (name, write(value)) for name, value in fields if value not in (None, [])
+        ]
+
+    def is_docstring(node: Any) -> bool:
+        value = node.value if isinstance(node, ast.Expr) else None
+        return isinstance(value, ast.Constant) and isinstance(value.value, str)
+
+    return repr(write(ast.parse(text)))
 
 
 def show(value: Any) -> str:

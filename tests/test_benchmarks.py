@@ -1,12 +1,66 @@
 """Benchmarks run and count; what they time is for `make bench`."""
 
 import dataclasses
+from pathlib import Path
 
 import jax
 import pytest
 import results
 import small
 import steps
+
+TABLES = Path(__file__).parents[1] / "docs" / "results"
+# The tables that tell the code they are made from, and the commands that make them.
+MADE_BY = {"pods": "make tpu-check"}
+
+
+@pytest.mark.skipif(not TABLES.exists(), reason="the tables are in the repository")
+@pytest.mark.xfail(reason="the table was made before it told its sources", strict=True)
+@pytest.mark.parametrize("table", MADE_BY)
+def test_a_table_is_of_the_code_that_it_describes(table):
+    rows = results.read(TABLES / f"{table}.csv")
+    told = {row.get("sources") for row in rows}
+    assert told == {results.origin(table)["sources"]}, (
+        f"docs/results/{table}.csv is older than the code it describes: run "
+        f"`{MADE_BY[table]}` and put its figures into the pages that show them"
+    )
+
+
+def test_every_table_has_sources():
+    for table, globs in results.SOURCES.items():
+        for glob in globs:
+            assert list(results.ROOT.glob(glob)), f"{table}: {glob} finds nothing"
+
+
+CODE = 'x = 1\n\ndef f(a):\n    return a + "b"\n'
+
+
+@pytest.mark.parametrize(
+    ("text", "same"),
+    [
+        ('"""A module."""\n\n# A comment.\nx = 1  # Another.\n' + CODE[6:], True),
+        (CODE.replace("(a):\n", '(a):\n    """Says more."""\n'), True),
+        (CODE.replace('a + "b"', '(\n        a\n        + "b"\n    )'), True),
+        (CODE.replace('"b"', '"c"'), False),
+        (CODE.replace("x = 1", "x = None"), False),
+        (CODE.replace("x = 1", "x: int = 1"), False),
+        (CODE.replace("a +", "a -"), False),
+    ],
+)
+def test_code_is_without_comments_docstrings_and_line_breaks(text, same):
+    assert (results.code_of(text) == results.code_of(CODE)) == same
+
+
+def test_a_hash_is_that_of_every_file(tmp_path, monkeypatch):
+    monkeypatch.setattr(results, "ROOT", tmp_path)
+    monkeypatch.setattr(results, "SOURCES", {"table": ("*.py",)})
+    hashes = set()
+    for name in ("a.py", "b.py"):
+        (tmp_path / name).write_text("x = 1\n")
+        hashes.add(results.origin("table")["sources"])
+    (tmp_path / "b.py").write_text("x = 2\n")
+    hashes.add(results.origin("table")["sources"])
+    assert len(hashes) == 3
 
 
 def test_layers_in_one_stack_have_the_factors_of_separate_ones():

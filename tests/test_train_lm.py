@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
@@ -21,6 +22,7 @@ from train_lm import (
     make_state,
     read_rows,
     read_tokens,
+    route,
     train,
     write_rows,
 )
@@ -56,6 +58,57 @@ def test_every_optimizer_trains(changes):
     result = rows(config)
     assert [row.step for row in result] == list(range(2, 21, 2))
     assert result[-1].validation_loss < result[0].validation_loss < 6.5
+
+
+EXPERTS = dataclasses.replace(
+    SMALL,
+    preset="tiny-experts",
+    scan=True,
+    initial_basis="identity",
+    block_size=32,
+    diagnose=False,
+)
+
+
+@pytest.mark.parametrize(
+    "optimizer", ["adamw", pytest.param("soap", marks=pytest.mark.slow)]
+)
+def test_experts_train(optimizer):
+    changes = {"optimizer": optimizer, "steps": 12, "learning_rate": 3e-3}
+    result = rows(dataclasses.replace(EXPERTS, **changes))
+    assert result[-1].validation_loss < 3.5 < result[0].validation_loss < 6.5
+
+
+def test_experts_have_factors_and_routers_have_none():
+    config = dataclasses.replace(EXPERTS, block_size=None).filled()
+    state = jax.eval_shape(lambda: make_state(config, make_model(config)))
+    factors = optax.tree.get(state.opt_state, "factors")["blocks"]["experts"]
+    assert not any(factors["router"]["kernel"])
+    rows, columns = factors["experts_in"]
+    assert (rows.shape, columns.shape) == ((2, 8, 128, 128), (2, 8, 256, 256))
+
+
+def test_tokens_go_to_the_best_experts_until_these_have_enough():
+    scores = jnp.array([[[4.0, 1.0, 0.1], [4.0, 0.1, 1.0], [3.0, 1.0, 0.1]]])
+    taken, weights = route(scores, active=2, capacity=2)
+    places = {tuple(map(int, place)) for place in np.argwhere(taken[0])}
+    # The first expert has enough with two tokens, and the last token passes it by.
+    assert places == {(0, 0, 0), (0, 1, 0), (1, 0, 1), (1, 2, 0), (2, 1, 1)}
+    expected = [[0.8, 0.2, 0], [0.8, 0, 0.2], [0.75, 0.25, 0]]
+    np.testing.assert_allclose(weights[0], expected, rtol=1e-6)
+
+
+@pytest.mark.slow
+def test_no_token_depends_on_later_ones():
+    config = EXPERTS.filled()
+    model = make_model(config)
+    tokens = np.arange(64, dtype=np.int32).reshape(2, 32)
+    params = jax.jit(model.init)(jax.random.key(0), tokens)["params"]
+    apply = jax.jit(lambda tokens: model.apply({"params": params}, tokens))
+    other = np.where(np.arange(32) < 20, tokens, 7)
+    np.testing.assert_allclose(
+        apply(tokens)[:, :20], apply(other)[:, :20], rtol=1e-5, atol=1e-5
+    )
 
 
 def test_what_is_not_said_is_tuned():
@@ -123,6 +176,26 @@ def test_presets_have_the_sizes_they_are_named_by(preset, millions):
     size = sum(leaf.size for leaf in jax.tree.leaves(state.params))
     assert size / 1e6 == pytest.approx(millions, rel=0.02)
     assert PRESETS[preset].width % PRESETS[preset].head_dim == 0
+
+
+@pytest.mark.parametrize(
+    ("preset", "billions", "active"),
+    [
+        ("llama-8b", 8.03, 8.03),
+        ("llama-70b", 70.55, 70.55),
+        ("qwen3-235b", 235.1, 22.2),
+    ],
+)
+def test_presets_of_models_that_others_published(preset, billions, active):
+    config = Config(preset=preset, scan=True, optimizer="adamw").filled()
+    state = jax.eval_shape(lambda: make_state(config, make_model(config)))
+    size = sum(leaf.size for leaf in jax.tree.leaves(state.params))
+    experts = state.params["blocks"].get("experts", {})
+    of_experts = sum(experts[name].size for name in experts if name != "router")
+    sizes = PRESETS[preset]
+    idle = of_experts and of_experts * (1 - sizes.active_experts / sizes.experts)
+    assert size / 1e9 == pytest.approx(billions, abs=0.05)
+    assert (size - idle) / 1e9 == pytest.approx(active, abs=0.05)
 
 
 def test_corpora(tmp_path):

@@ -82,12 +82,39 @@ def rows_of(config):
         pytest.param({"refresh": "cholesky_qr"}, marks=pytest.mark.slow),
         pytest.param({"optimizer": "muon"}, marks=pytest.mark.slow),
         pytest.param({"diagnose": True, "remat": True}, marks=pytest.mark.slow),
+        pytest.param({"preset": "tiny-experts"} | ADAMW, marks=pytest.mark.slow),
+        pytest.param({"preset": "tiny-experts", "steps": 6}, marks=pytest.mark.slow),
     ],
 )
 def test_a_mesh_trains_as_one_device(changes):
     on_mesh, alone = change(mesh=MESH, **changes), change(**changes)
     rtol = 1e-3 if on_mesh.optimizer == "soap" else 2e-5
     assert_same_losses(rows_of(on_mesh), rows_of(alone), rtol)
+
+
+@pytest.mark.slow
+def test_slices_train_as_one_device():
+    config = change(mesh=(2, 2, 1), slices=2, refresh_axes=("data",))
+    assert_same_losses(rows_of(config), rows_of(SMALL))
+
+
+def test_slices_are_the_first_axis_of_the_mesh():
+    mesh = make_mesh(change(mesh=(1, 2, 2), slices=2))
+    assert dict(mesh.shape) == {"slice": 2, "data": 1, "fsdp": 2, "tensor": 2}
+    ids = [device.id for device in mesh.devices.flat]
+    assert ids == list(range(8))
+
+
+def test_experts_are_split_along_themselves():
+    config = change(preset="tiny-experts", mesh=MESH, optimizer="adamw").filled()
+    mesh = make_mesh(config)
+    tx, model = train_lm.make_optimizer(config), make_model(config)
+    init = functools.partial(train_lm.first_state, model, tx)
+    state = jax.eval_shape(init, jax.random.key(0))
+    experts = param_shardings(mesh, state.params)["blocks"]["experts"]
+    assert experts["experts_in"].spec == jax.P(None, "fsdp", None, "tensor")
+    assert experts["experts_out"].spec == jax.P(None, "fsdp", "tensor", None)
+    assert experts["router"]["kernel"].spec == jax.P(None, "fsdp", None)
 
 
 @pytest.mark.slow
@@ -179,7 +206,14 @@ def test_a_llama_of_8_billion():
     [
         ({"mesh": (2, 2, 1)}, r"--mesh must be of all 8 devices, got \(2, 2, 1\)"),
         ({"mesh": (8, 0, 1)}, r"--mesh must be of sizes above 0, got \(8, 0, 1\)"),
-        ({"mesh": (2, 4, 1), "accumulate": 4}, r"the micro-batch of 4, got 2 \* 4"),
+        (
+            {"mesh": (2, 4, 1), "accumulate": 4},
+            r"the micro-batch of 4, got 1 \* 2 \* 4",
+        ),
+        ({"mesh": MESH, "slices": 2}, r"8 devices, got \(2, 2, 2\) in 2 slices"),
+        ({"slices": 2}, "--slices must be at least 1, and 1 without --mesh, got 2"),
+        ({"mesh": MESH, "slices": 0}, "--slices must be at least 1"),
+        ({"refresh_axes": ("pipe",)}, "--refresh-axes must be of slice, .* got pipe"),
         ({"distributed": True}, "--distributed needs --mesh, got none"),
         ({"mesh": MESH, "coordinator": "x:1"}, "--coordinator needs --distributed"),
         ({"process_id": 0}, "--process-id needs --distributed"),
