@@ -44,6 +44,8 @@ import recipes
 import train_lm
 from results import machine, origin, report, require_known
 
+import soap_optax
+
 DUMPS = Path(os.environ["XLA_FLAGS"].split("=")[-1])
 
 
@@ -103,9 +105,36 @@ def make_soap_experts(
     return optax.partition(optimizers, labels)
 
 
+def make_soap_on_host(
+    config: train_lm.Config, mesh: Mesh | None
+) -> optax.GradientTransformation:
+    """SOAP whose factors are on the chip for a step, and else in the host's memory."""
+    tx = train_lm.make_soap(config, mesh)
+
+    def update(updates: Any, state: Any, params: Any) -> tuple[Any, Any]:
+        shardings = soap_optax.state_sharding(
+            tx, params, functools.partial(train_lm.param_shardings, mesh)
+        )
+        updates, state = tx.update(updates, jax.device_put(state, shardings), params)
+        return updates, jax.device_put(state, with_factors_on_host(shardings))
+
+    return optax.GradientTransformation(tx.init, update)
+
+
+def with_factors_on_host(shardings: Any) -> Any:
+    """The shardings of a state, with its factors in the memory of the host."""
+
+    def one(path: Any, sharding: NamedSharding) -> NamedSharding:
+        is_factor = any(getattr(key, "name", None) == "factors" for key in path)
+        return sharding.with_memory_kind("pinned_host") if is_factor else sharding
+
+    return jax.tree.map_with_path(one, shardings)
+
+
 train_lm.OPTIMIZERS |= {
     "soap_spheres": recipes.make_soap_spheres,
     "soap_experts": make_soap_experts,
+    "soap_on_host": make_soap_on_host,
 }
 
 # The recipe of docs/recipes.md for models of this size.
@@ -123,13 +152,18 @@ OPTIMIZERS: dict[str, dict[str, Any]] = {
     "soap": train_lm.PUBLISHED,
     "recipe": RECIPE,
     "recipe on spheres": RECIPE | {"optimizer": "soap_spheres"},
+    "recipe factors on host": RECIPE | {"optimizer": "soap_on_host"},
     "recipe no blocks": RECIPE | {"block_size": None},
     "recipe large blocks": RECIPE | {"optimizer": "soap_experts"},
     "recipe shared": RECIPE | {"refresh_axes": ("data",)},
     "recipe shared by all": RECIPE | {"refresh_axes": ("slice", "data")},
 }
 # Their whole steps are not compiled.
-UPDATES_ONLY = ("recipe on spheres", "recipe shared by all")
+UPDATES_ONLY = (
+    "recipe on spheres",
+    "recipe factors on host",
+    "recipe shared by all",
+)
 # Blocks are as large as the smallest shards: of keys and values in llama-70b, and of
 # what reads the width in qwen3-235b, where each group of chips has an expert.
 PODS = {
@@ -138,7 +172,7 @@ PODS = {
         "v5e:4x4",
         (1, 4, 4),
         256,
-        ("adamw", "soap", "recipe", "recipe on spheres"),
+        ("adamw", "soap", "recipe", "recipe on spheres", "recipe factors on host"),
     ),
     "660m": Pod("660m", "v5e:4x4", (1, 4, 4), 352, ("adamw", "recipe")),
     # The vocabulary of 128,256 is rounded up, so that blocks of 128 fit its shards.
@@ -208,6 +242,9 @@ def abstract_state(config: train_lm.Config, mesh: Mesh, tx: Any) -> TrainState:
     init = functools.partial(train_lm.first_state, train_lm.make_model(config), tx)
     state = jax.eval_shape(init, jax.random.key(0))
     shardings = train_lm.state_shardings(mesh, state)
+    if config.optimizer == "soap_on_host":
+        on_host = with_factors_on_host(shardings.opt_state)
+        shardings = shardings.replace(opt_state=on_host)
     return jax.tree.map(lambda x, s: x.update(sharding=s), state, shardings)
 
 
@@ -293,6 +330,8 @@ def update_of(config: train_lm.Config, mesh: Mesh) -> dict[str, Any]:
         "parameters_m": sum(x.size for x in jax.tree.leaves(alone.params)) / 1e6,
         "state_mb_a_chip": state / 1e6,
         "state_over_share": state / (total / mesh.size),
+        "arguments_mb_a_chip": memory.argument_size_in_bytes / 1e6,
+        "on_host_mb_a_chip": memory.host_argument_size_in_bytes / 1e6,
         "temporary_mb_a_chip": memory.temp_size_in_bytes / 1e6,
         **exchanges(text),
         "program_mb": memory.generated_code_size_in_bytes / 1e6,
