@@ -228,7 +228,7 @@ def test_what_has_no_factor_is_not_bounded():
     params = {"w": jnp.ones((3, 2)), "b": jnp.ones(3)}
     state = tx.init(params)
     for _ in range(2):
-        updates, state = tx.update(params, state)
+        updates, state = jax.jit(tx.update)(params, state)
     np.testing.assert_allclose(updates["w"], 1, rtol=1e-5)
     np.testing.assert_array_equal(updates["b"], 100)
 
