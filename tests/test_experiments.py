@@ -254,8 +254,10 @@ def test_what_differs_in_numbers_alone_is_trained_in_one_program(tmp_path):
 
 
 def test_every_member_gets_its_own_table(tmp_path, monkeypatch):
-    monkeypatch.setattr(members, "MEMBERS", 2)
-    jobs = dict(zip("abc", differing(optimizer="adamw"), strict=True))
+    """Also in the second round of a program that has fewer members than jobs."""
+    monkeypatch.setattr(members, "MEMBERS", 3)
+    configs = differing(optimizer="adamw")
+    jobs = dict(zip("abcd", [*configs, configs[1]], strict=True))
     members.train_and_write(jobs, tmp_path)
     for name, config in jobs.items():
         *_, last = results.read(tmp_path / f"{name}.csv")
