@@ -38,4 +38,4 @@ hypothesis.settings.register_profile("slow", hypothesis.settings())
 
 # Tracing makes many objects, and hardly any of them is garbage.
 gc.freeze()
-gc.set_threshold(100_000, 50, 100)
+gc.set_threshold(20_000)
