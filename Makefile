@@ -3,8 +3,8 @@ PYTHON ?= python3
 VENV ?= .venv
 EXTRA ?= test
 BIN := $(VENV)/bin
-# Tests of a group share what one process has compiled.
-PYTEST := pytest -n 2 --dist loadgroup
+# Tests of a file share what one process has compiled.
+PYTEST := pytest -n 2 --dist loadfile
 OLDEST := jax==0.7.2 jaxlib==0.7.2 optax==0.2.6
 
 .PHONY: help setup train train-sharded reliability experiments bench tpu-check \

@@ -170,8 +170,8 @@ def test_apply_if_finite_skips_as_if_never_seen():
     params = initial()
     grads = jax.grad(loss_fn)(params)
     bad = jax.tree.map(lambda g: g.at[..., 0].set(jnp.nan), grads)
-    _, state = tx.update(grads, tx.init(params), params)
-    updates, after = tx.update(bad, state, params)
+    _, state = jax.jit(tx.update)(grads, tx.init(params), params)
+    updates, after = jax.jit(tx.update)(bad, state, params)
     assert not any(np.any(u) for u in jax.tree.leaves(updates))
     jax.tree.map(np.testing.assert_array_equal, after.inner_state, state.inner_state)
 

@@ -1,6 +1,7 @@
 """What optax asks of every optimizer, on matrices and 3-D tensors as well."""
 
 import functools
+import itertools
 import logging
 import re
 
@@ -32,6 +33,8 @@ OPTIMIZERS = {
         optax.scale(-1e-2),
     ),
 }
+# An optimizer is made once, so that its step is compiled once.
+OPTIMIZERS = {name: functools.cache(make) for name, make in OPTIMIZERS.items()}
 SHAPES = {"v": (4,), "w": (4, 2), "t": (2, 4, 2), "s": [(), (1, 2)]}
 
 
@@ -96,13 +99,18 @@ def test_extra_args_and_no_recompilation(make, caplog):
     assert "Compiling" not in caplog.text
 
 
-@pytest.mark.parametrize("injected", [False, True])
-def test_eager_steps_compile_nothing_in_the_end(make, injected, caplog):
+def test_eager_steps_compile_nothing_in_the_end(make, caplog):
     """Without jit, neither steps nor refreshes are compiled again and again."""
+    assert_compiles_nothing_in_the_end(make(precondition_frequency=2), caplog)
+
+
+def test_injected_eager_steps_compile_nothing_in_the_end(caplog):
+    inject = optax.inject_hyperparams(soap_optax.soap)
+    assert_compiles_nothing_in_the_end(inject(1e-2, precondition_frequency=2), caplog)
+
+
+def assert_compiles_nothing_in_the_end(tx, caplog):
     params, grads = normal_tree(), normal_tree(seed=1)
-    tx = make(precondition_frequency=2)
-    if injected:
-        tx = optax.inject_hyperparams(soap_optax.soap)(1e-2, precondition_frequency=2)
     state = tx.init(params)
     for _ in range(4):
         _, state = tx.update(grads, state, params)
@@ -294,7 +302,10 @@ def test_gradients_of_another_dtype():
     assert_same_types(new_state, state)
 
 
-@pytest.mark.parametrize("compiled", [False, True])
+# For SOAP, test_other_programs.py has a test without jit in every run.
+@pytest.mark.parametrize(
+    "compiled", [pytest.param(False, marks=pytest.mark.slow), True]
+)
 def test_float64_of_numpy_without_x64(make, compiled):
     """It is float32, as JAX takes it everywhere; here a warning is an error."""
     with jax.enable_x64(False):
@@ -313,10 +324,25 @@ def test_float64_of_numpy_without_x64(make, compiled):
         assert_close(updates, expected, rtol=1e-6)
 
 
-@pytest.mark.parametrize("grads_dtype", ["float32", "float64"])
-@pytest.mark.parametrize("dtype", ["float32", "float64"])
-@pytest.mark.parametrize("precond_dtype", [None, *DTYPES])
-def test_mixed_dtypes(dtype, grads_dtype, precond_dtype):
+WIDTHS = ["float32", "float64"]
+# By default, and in bfloat16 where parameters and gradients differ.
+MIXED_IN_EVERY_RUN = {
+    *itertools.product([None], WIDTHS, WIDTHS),
+    ("bfloat16", "float32", "float64"),
+    ("bfloat16", "float64", "float32"),
+}
+
+
+@pytest.mark.parametrize(
+    ("precond_dtype", "dtype", "grads_dtype"),
+    [
+        pytest.param(*of, marks=[] if of in MIXED_IN_EVERY_RUN else pytest.mark.slow)
+        for of in itertools.product(
+            [None, "bfloat16", "float16", *WIDTHS], WIDTHS, WIDTHS
+        )
+    ],
+)
+def test_mixed_dtypes(precond_dtype, dtype, grads_dtype):
     tx = soap_optax.scale_by_soap(precond_dtype=precond_dtype, block_size=2)
     params, grads = normal_tree(dtype), normal_tree(grads_dtype)
     state = tx.init(params)

@@ -68,8 +68,8 @@ def test_no_overflow(scale):
     state, scaled = tx.init(jnp.ones((3, 3), "f4")), tx.init(jnp.ones((3, 3), "f4"))
     for i in range(6):
         grad = normal(3, 3, seed=i).astype(jnp.float32)
-        _, state = tx.update(grad, state)
-        _, scaled = tx.update(scale * grad, scaled)
+        _, state = jax.jit(tx.update)(grad, state)
+        _, scaled = jax.jit(tx.update)(scale * grad, scaled)
     expected = soap_optax.diagnostics(state)
     for figures, of_unit in zip(soap_optax.diagnostics(scaled), expected, strict=True):
         np.testing.assert_allclose(figures, of_unit, rtol=1e-3)
@@ -82,7 +82,7 @@ def test_skipped_refreshes():
     state = state._replace(factors=(broken, state.factors[1]))
     before = state
     for i in range(2):
-        _, state = tx.update(normal(3, 2, seed=i), state)
+        _, state = jax.jit(tx.update)(normal(3, 2, seed=i), state)
     assert state.refreshes == 3
     assert [skipped.tolist() for skipped in state.skipped] == [[1], [0]]
     rows, columns = soap_optax.diagnostics(state._replace(factors=before.factors))
@@ -100,7 +100,7 @@ def test_a_moment_along_a_skipped_refresh_stays():
         factors=tuple(jnp.full_like(f, jnp.nan) for f in state.factors),
         inner_state=state.inner_state._replace(mu=moment),
     )
-    _, after = tx.update(jnp.zeros((3, 2)), state)
+    _, after = jax.jit(tx.update)(jnp.zeros((3, 2)), state)
     assert [skipped.tolist() for skipped in after.skipped] == [[1], [1]]
     np.testing.assert_allclose(after.inner_state.mu, moment, rtol=1e-11)
 
@@ -110,7 +110,7 @@ def test_on_an_explicit_mesh(block_size):
     mesh = jax.make_mesh((8,), ("x",), axis_types=(jax.sharding.AxisType.Explicit,))
     tx = soap_optax.scale_by_soap(block_size=block_size)
     grad = normal(16, 16)
-    expected = soap_optax.diagnostics(tx.update(grad, tx.init(grad))[1])
+    expected = soap_optax.diagnostics(jax.jit(tx.update)(grad, tx.init(grad))[1])
     with jax.set_mesh(mesh):
         rows = jax.sharding.NamedSharding(mesh, jax.P("x", None))
         sharded = jax.device_put(grad, rows)

@@ -1,6 +1,7 @@
 """What the experiments compute from their runs, and that these are not repeated."""
 
 import dataclasses
+import functools
 import itertools
 import math
 
@@ -184,7 +185,10 @@ SHORT = Config(
     context=32,
     eval_every=2,
     eval_batches=2,
+    scan=True,
 )
+# Several tests compare with the same trainings.
+run_alone = functools.cache(tuning.run)
 
 
 @pytest.mark.parametrize(
@@ -197,7 +201,7 @@ SHORT = Config(
 )
 def test_recipes_train_stacked_layers(optimizer):
     config = dataclasses.replace(
-        SHORT, optimizer=optimizer, steps=12, eval_every=6, eval_batches=1, scan=True
+        SHORT, optimizer=optimizer, steps=12, eval_every=6, eval_batches=1
     )
     first, last = train_lm.train(config)
     assert last.validation_loss < first.validation_loss < 5.5
@@ -232,7 +236,7 @@ def test_members_of_a_program_train_as_they_do_alone(changes, rtol):
     configs = differing(**changes)
     together = members.train_together(configs)
     for config, rows in zip(configs, together, strict=True):
-        alone = tuning.run(config)
+        alone = run_alone(config)
         assert [row["step"] for row in rows] == [2, 4, 5]
         for field in ("step", "validation_loss"):
             of_both = ([row[field] for row in table] for table in (rows, alone))
@@ -250,12 +254,14 @@ def test_what_differs_in_numbers_alone_is_trained_in_one_program(tmp_path):
 
 
 def test_every_member_gets_its_own_table(tmp_path, monkeypatch):
-    monkeypatch.setattr(members, "MEMBERS", 2)
-    jobs = dict(zip("abc", differing(optimizer="adamw"), strict=True))
+    """Also in the second round of a program that has fewer members than jobs."""
+    monkeypatch.setattr(members, "MEMBERS", 3)
+    configs = differing(optimizer="adamw")
+    jobs = dict(zip("abcd", [*configs, configs[1]], strict=True))
     members.train_and_write(jobs, tmp_path)
     for name, config in jobs.items():
         *_, last = results.read(tmp_path / f"{name}.csv")
-        *_, alone = tuning.run(config)
+        *_, alone = run_alone(config)
         loss = float(last["validation_loss"])
         assert loss == pytest.approx(alone["validation_loss"], rel=1e-3)
 

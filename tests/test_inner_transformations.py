@@ -24,9 +24,6 @@ import pytest
 
 import soap_optax
 
-# One process compiles the group of all transformations once.
-pytestmark = pytest.mark.xdist_group("inner transformations")
-
 ROOT = Path(__file__).parents[1]
 RNG = np.random.default_rng(0)
 SHAPE, STEPS = (4, 3), 6

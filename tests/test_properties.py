@@ -21,14 +21,14 @@ from hypothesis import strategies as st
 import soap_optax
 
 STEPS = 6
+IS_SLOW = hypothesis.settings.get_current_profile_name() == "slow"
 
 
 def cases(slow, few):
     """Tries `slow` random cases in the profile "slow", else `few`, always the same."""
-    is_slow = hypothesis.settings.get_current_profile_name() == "slow"
     return hypothesis.settings(
-        max_examples=slow if is_slow else few,
-        derandomize=not is_slow,
+        max_examples=slow if IS_SLOW else few,
+        derandomize=not IS_SLOW,
         deadline=None,
         database=None,
         phases=[hypothesis.Phase.generate],  # each case of a shrinking may compile
@@ -102,6 +102,7 @@ NOT_DRAWN = {
     "precision": "The products of a CPU are as precise whatever it says.",
     "refresh_precision": "The products of a CPU are as precise whatever it says.",
     "params_sharding": "It needs a mesh, see test_sharding.py.",
+    "refresh_axes": "It needs a mesh, see test_sharding.py.",
 }
 SEEDS = st.integers(0, 2**31)
 
@@ -148,7 +149,7 @@ def compiled(member, program):
     return jax.jit(run)
 
 
-@pytest.fixture(autouse=True)
+@pytest.fixture(autouse=True, scope="function" if IS_SLOW else "module")
 def forget_programs():
     """Thousands of programs are more than a process can map."""
     yield

@@ -19,19 +19,20 @@ TOKENS = jax.random.randint(jax.random.key(0), (64,), 0, 16)
 
 def make_params():
     shapes = {
-        "embed": {"embedding": (16, 8)},
-        "layer": {"kernel": (8, 12), "lora_a": (8, 2), "bias": (12,)},
-        "lm_head": {"kernel": (12, 16)},
+        "embed": {"embedding": (16, 16)},
+        "layer": {"kernel": (16, 16), "lora_a": (16, 2), "bias": (16,)},
+        "lm_head": {"kernel": (16, 16)},
     }
     is_shape = lambda node: isinstance(node, tuple)  # noqa: E731
     leaves, tree = jax.tree.flatten(shapes, is_leaf=is_shape)
     keys = jax.random.split(jax.random.key(1), len(leaves))
     made = zip(keys, leaves, strict=True)
     params = jax.tree.unflatten(tree, [0.3 * jax.random.normal(*pair) for pair in made])
-    params["layer"]["lora_b"] = jnp.zeros((2, 12))
+    params["layer"]["lora_b"] = jnp.zeros((2, 16))
     return jax.tree.map(lambda x: x.astype(jnp.float32), params)
 
 
+@jax.jit
 def loss_fn(params):
     layer = params["layer"]
     kernel = layer["kernel"] + layer["lora_a"] @ layer["lora_b"]

@@ -54,9 +54,10 @@ def refreshed(method, dtype, times=1):
     matrices = factors(dtype)
     bases = jnp.broadcast_to(jnp.asarray(orthogonal(2), dtype), matrices.shape)
     values = jnp.zeros(matrices.shape[:-1], dtype)
-    refresh = jax.jit(training.refresh, static_argnums=(3, 4))
     for _ in range(times):
-        bases, values, failed = refresh(matrices, bases, values, method, "highest")
+        bases, values, failed = training.refresh(
+            matrices, bases, values, method, "highest"
+        )
         assert not failed.any()
     return np.asarray(bases), np.asarray(values)
 
@@ -271,12 +272,12 @@ def trained_on_text():
 
 def test_cholesky_qr_is_qr_on_the_factors_of_a_training_run():
     """To the round-off of float64, from factors and eigenbases of float32."""
-    conditions = []
+    refresh, conditions = jax.jit(_stacks.refresh_one, static_argnums=2), []
     for factor, basis in trained_on_text():
         wide = factor.astype(jnp.float64), basis.astype(jnp.float64)
         wide = wide[0], jnp.linalg.qr(wide[1])[0]
         qr, by_cholesky = (
-            _stacks.refresh_one(*wide, METHODS[name], RefreshRequest())
+            refresh(*wide, METHODS[name], RefreshRequest())
             for name in ("qr", "cholesky_qr")
         )
         assert bool(qr.is_new) and bool(by_cholesky.is_new)

@@ -1,5 +1,6 @@
 """Settings of parameters without factors, sizes of updates, and matrices by name."""
 
+import functools
 import re
 
 import jax
@@ -51,6 +52,18 @@ def run(tx, params=PARAMS):
         params = optax.apply_updates(params, updates)
         trajectory.append(updates)
     return trajectory, state
+
+
+@functools.cache
+def run_once(make, *arguments, **options):
+    """The trajectory of an optimizer that several tests compare with."""
+    return run(make(*arguments, **options))[0]
+
+
+@functools.cache
+def made(make, *arguments, **options):
+    """Makes an optimizer once, so that its step is compiled once."""
+    return make(*arguments, **options)
 
 
 def assert_same(actual, expected, rtol=1e-6):
@@ -113,7 +126,7 @@ def test_each_setting_alone(make, name):
     equal = dict(values)
     if make is soap_optax.shampoo:
         equal["adam_eps"] = values["adam_eps"] = 1e-5
-    plain, _ = run(make(**values, dimension_numbers=MATRICES))
+    plain = run_once(make, **values, dimension_numbers=MATRICES)
     own = name.removeprefix("adam_")
     equal[name] = values.get(name, values[own])
     same, _ = run(make(**equal, dimension_numbers=MATRICES))
@@ -176,7 +189,7 @@ def test_update_rms(make, block_size, scale):
     ]
 
     def second(**options):
-        tx = make(-1.0, block_size=block_size, eps=1e-30, **options)
+        tx = made(make, -1.0, block_size=block_size, eps=1e-30, **options)
         state = tx.init(params)
         for gradient in grads:
             updates, state = jax.jit(tx.update)(gradient, state, params)
@@ -200,25 +213,26 @@ def test_update_rms_comes_in_the_place_of_a_bound():
     sizes = {"update_rms": 0.2, "clip_update_rms": 0.01, "basis": "current"}
     tx = soap_optax.scale_by_soap(**sizes)
     w = normal(4, 3)
-    updates, _ = tx.update(w, tx.init(w))
+    updates, _ = jax.jit(tx.update)(w, tx.init(w))
     np.testing.assert_allclose(np.sqrt(np.mean(np.square(updates))), 0.2, rtol=1e-5)
 
 
 @pytest.mark.parametrize("value", [None, 1e-8])
 def test_the_default_epsilon_of_adam(value):
-    given = run(soap_optax.shampoo(0.1, adam_eps=value))[0]
-    jax.tree.map(np.testing.assert_array_equal, given, run(soap_optax.shampoo(0.1))[0])
+    given = run_once(soap_optax.shampoo, 0.1, adam_eps=value)
+    default = run_once(soap_optax.shampoo, 0.1)
+    jax.tree.map(np.testing.assert_array_equal, given, default)
 
 
 def test_update_rms_of_nothing():
     """Zero updates stay zero, and gradients that are not finite hurt no factor."""
     tx = soap_optax.scale_by_soap(update_rms=0.2)
-    w = jnp.zeros((4, 3))
-    updates, state = tx.update(w, tx.init(w))
+    w, update = jnp.zeros((4, 3)), jax.jit(tx.update)
+    updates, state = update(w, tx.init(w))
     np.testing.assert_array_equal(updates, 0)
-    updates, state = tx.update(w, state)
+    updates, state = update(w, state)
     np.testing.assert_array_equal(updates, 0)
-    updates, state = tx.update(w.at[0, 0].set(jnp.nan), state)
+    updates, state = update(w.at[0, 0].set(jnp.nan), state)
     assert all(np.isfinite(f).all() for f in jax.tree.leaves(state.factors))
 
 

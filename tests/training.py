@@ -1,5 +1,6 @@
 """What several tests share: gradients and states after them, layouts, refreshes."""
 
+import functools
 import inspect
 
 import jax
@@ -39,6 +40,7 @@ def layout(shape, dimension_numbers=None, **options):
     return make_layout(shape, complete(**options), dimension_numbers)
 
 
+@functools.partial(jax.jit, static_argnames=("method", "precision"))
 def refresh(factor, basis, eigenvalues, method, precision):
     """The eigenbasis and eigenvalues after a refresh, and whether it failed."""
     request = RefreshRequest(precision=precision)
