@@ -8,6 +8,8 @@ slices exchange, and the seconds of compiling (`compile_s` and `step_compile_s`,
 tracing and lowering). The update of the optimizer is compiled alone and without
 clipping by global norm, whose sums cross all chips. No array is made: models of any
 size are shapes here. The command needs the `libtpu` package and no hardware but a CPU.
+Each core compiles a row at a time. Rows are kept in `--kept`, in a folder for the code
+and the versions, so that a command that was stopped goes on where it was.
 """
 
 import os
@@ -18,15 +20,16 @@ import tempfile
 os.environ["XLA_FLAGS"] = f"--xla_dump_hlo_as_text --xla_dump_to={tempfile.mkdtemp()}"
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["TPU_SKIP_MDS_QUERY"] = "1"
+os.environ["ALLOW_MULTIPLE_LIBTPU_LOAD"] = "1"
 
 import dataclasses
 import functools
+import itertools
 import math
 import sys
-from collections.abc import Iterator
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -42,7 +45,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent / "experiments"))
 import programs
 import recipes
 import train_lm
-from results import machine, origin, report, require_known
+from results import machine, origin, report, require_known, run_all
 
 import soap_optax
 
@@ -61,6 +64,8 @@ class Pod:
     mesh: tuple[int, int, int]
     block_size: int
     optimizers: tuple[str, ...]
+    whole: tuple[str, ...] = ()
+    """The optimizers with which the whole training step is compiled, too."""
     vocab: int | None = 32_128
     remat: bool = False
     slices: int = 1
@@ -158,12 +163,6 @@ OPTIMIZERS: dict[str, dict[str, Any]] = {
     "recipe shared": RECIPE | {"refresh_axes": ("data",)},
     "recipe shared by all": RECIPE | {"refresh_axes": ("slice", "data")},
 }
-# Their whole steps are not compiled.
-UPDATES_ONLY = (
-    "recipe on spheres",
-    "recipe factors on host",
-    "recipe shared by all",
-)
 # Blocks are as large as the smallest shards: of keys and values in llama-70b, and of
 # what reads the width in qwen3-235b, where each group of chips has an expert.
 PODS = {
@@ -173,6 +172,7 @@ PODS = {
         (1, 4, 4),
         256,
         ("adamw", "soap", "recipe", "recipe on spheres", "recipe factors on host"),
+        whole=("adamw", "soap", "recipe"),
     ),
     "660m": Pod("660m", "v5e:4x4", (1, 4, 4), 352, ("adamw", "recipe")),
     # The vocabulary of 128,256 is rounded up, so that blocks of 128 fit its shards.
@@ -181,8 +181,9 @@ PODS = {
         "v5p:8x8x4",
         (1, 32, 8),
         128,
-        ("adamw", "soap", "recipe"),
-        131_072,
+        ("adamw", "recipe"),
+        whole=("adamw", "recipe"),
+        vocab=131_072,
         remat=True,
     ),
     "llama-70b": Pod(
@@ -191,7 +192,8 @@ PODS = {
         (1, 64, 16),
         64,
         ("adamw", "recipe"),
-        None,
+        whole=("adamw", "recipe"),
+        vocab=None,
         remat=True,
     ),
     "qwen3-235b": Pod(
@@ -200,10 +202,19 @@ PODS = {
         (1, 128, 8),
         32,
         ("adamw", "recipe", "recipe large blocks", "recipe no blocks"),
-        None,
+        whole=("adamw", "recipe large blocks"),
+        vocab=None,
         remat=True,
     ),
-    "360m, slices": Pod("360m", "v5e:4x4", (1, 4, 4), 256, ("recipe",), slices=2),
+    "360m, slices": Pod(
+        "360m",
+        "v5e:4x4",
+        (1, 4, 4),
+        256,
+        ("recipe",),
+        whole=("recipe",),
+        slices=2,
+    ),
     "360m, slices of copies": Pod(
         "360m",
         "v5e:4x4",
@@ -220,6 +231,7 @@ class Check:
     """What to compile."""
 
     out: Path = Path("runs/pods")
+    kept: Path = Path("runs/pods")
     pods: tuple[str, ...] = tuple(PODS)
     optimizers: tuple[str, ...] = tuple(OPTIMIZERS)
     """Which of the optimizers of a pod have a row."""
@@ -273,7 +285,17 @@ def timed(lowered: Any) -> tuple[float, Any, str]:
     return seconds, program, found
 
 
-def row_of(pod: Pod, name: str, *, whole_step: bool) -> dict[str, Any]:
+class Job(NamedTuple):
+    """A row to be made: a pod, an optimizer, and whether whole steps are wanted."""
+
+    pod: str
+    optimizer: str
+    step: bool
+
+
+def rows_of(job: Job) -> list[dict[str, Any]]:
+    """The row of a job."""
+    pod, name = PODS[job.pod], job.optimizer
     config = pod.config(name)
     mesh = make_mesh(pod, config)
     row = {
@@ -285,7 +307,9 @@ def row_of(pod: Pod, name: str, *, whole_step: bool) -> dict[str, Any]:
         **settings(config),
     }
     row |= update_of(config, mesh)
-    return row | step_of(config, mesh) if whole_step else row
+    if job.step and name in pod.whole:
+        row |= step_of(config, mesh)
+    return [row]
 
 
 def settings(config: train_lm.Config) -> dict[str, Any]:
@@ -365,20 +389,17 @@ def step_of(config: train_lm.Config, mesh: Mesh) -> dict[str, Any]:
 def main(check: Check) -> None:
     require_known("pods", check.pods, PODS)
     require_known("optimizers", check.optimizers, OPTIMIZERS)
-    libtpu = {"libtpu": metadata.version("libtpu")}
-    about = machine() | libtpu | origin("pods")
-    report(rows_of(check), check.out / "pods.csv", about)
-
-
-def rows_of(check: Check) -> Iterator[dict[str, Any]]:
-    """The rows of the table, each compiled when it is asked for."""
-    for pod_name in check.pods:
-        pod = PODS[pod_name]
-        for name in pod.optimizers:
-            if name in check.optimizers:
-                print(f"{pod_name}, {name}: compiling", file=sys.stderr, flush=True)
-                whole_step = check.step and name not in UPDATES_ONLY
-                yield row_of(pod, name, whole_step=whole_step)
+    about = machine() | {"libtpu": metadata.version("libtpu")} | origin("pods")
+    versions = ("sources", "python", "jax", "libtpu")
+    folder = "_".join(f"{name}_{about[name]}" for name in versions)
+    jobs = {
+        f"{pod}, {name}" + ", update" * (not check.step): Job(pod, name, check.step)
+        for pod in check.pods
+        for name in PODS[pod].optimizers
+        if name in check.optimizers
+    }
+    found = run_all(rows_of, jobs, check.kept / folder)
+    report(itertools.chain(*found.values()), check.out / "pods.csv", about)
 
 
 if __name__ == "__main__":
