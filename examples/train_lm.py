@@ -541,12 +541,15 @@ class Experts(nn.Module):
             name, init, (sizes.experts, *shape)
         ).astype(self.dtype)
         tokens = jnp.einsum("btec,btd->becd", taken.astype(self.dtype), x)
+        # Devices exchange tokens, and not the sequences that they are made of.
+        tokens = split(tokens, self.mesh, BATCH_AXES)
         tokens = split(tokens, self.mesh, COPY_AXES, "fsdp")
         hidden = jnp.einsum("becd,edm->becm", tokens, matrix("experts_in", width, mlp))
         gate = jnp.einsum("becd,edm->becm", tokens, matrix("experts_gate", width, mlp))
         hidden = nn.silu(gate) * hidden
         out = jnp.einsum("becm,emd->becd", hidden, matrix("experts_out", mlp, width))
         out = split(out, self.mesh, COPY_AXES, "fsdp")
+        out = split(out, self.mesh, BATCH_AXES)
         return jnp.einsum("btec,becd->btd", combine, out)
 
 
