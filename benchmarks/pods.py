@@ -164,7 +164,8 @@ OPTIMIZERS: dict[str, dict[str, Any]] = {
     "recipe shared by all": RECIPE | {"refresh_axes": ("slice", "data")},
 }
 # Blocks are as large as the smallest shards: of keys and values in llama-70b, and of
-# what reads the width in qwen3-235b, where each group of chips has an expert.
+# what reads the width in qwen3-235b, where each group of chips has an expert. Experts
+# without blocks are compiled in a small model, because their factors are large.
 PODS = {
     "360m": Pod(
         "360m",
@@ -201,10 +202,19 @@ PODS = {
         "v5p:8x8x16",
         (1, 128, 8),
         32,
-        ("adamw", "recipe", "recipe large blocks", "recipe no blocks"),
+        ("adamw", "recipe large blocks"),
         whole=("adamw", "recipe large blocks"),
         vocab=None,
         remat=True,
+    ),
+    "experts": Pod(
+        "tiny-experts",
+        "v5e:4x4",
+        (1, 8, 2),
+        16,
+        ("recipe", "recipe no blocks"),
+        whole=("recipe", "recipe no blocks"),
+        vocab=256,
     ),
     "360m, slices": Pod(
         "360m",
@@ -390,8 +400,9 @@ def main(check: Check) -> None:
     require_known("pods", check.pods, PODS)
     require_known("optimizers", check.optimizers, OPTIMIZERS)
     about = machine() | {"libtpu": metadata.version("libtpu")} | origin("pods")
-    versions = ("sources", "python", "jax", "libtpu")
-    folder = "_".join(f"{name}_{about[name]}" for name in versions)
+    known = about | {name: metadata.version(name) for name in ("optax", "flax")}
+    versions = ("sources", "python", "jax", "libtpu", "optax", "flax")
+    folder = "_".join(f"{name}_{known[name]}" for name in versions)
     jobs = {
         f"{pod}, {name}" + ", update" * (not check.step): Job(pod, name, check.step)
         for pod in check.pods

@@ -247,7 +247,8 @@ class Config:
     there is one device."""
     slices: int = 1
     """How many slices the devices are in, each with a mesh of its own. Devices of one
-    slice have a fast network. Between slices only gradients are summed."""
+    slice have a fast network. If all refreshes are local, only gradients are summed
+    between slices; `docs/pods.md` explains it."""
     refresh_axes: tuple[str, ...] | None = None
     """The axes of the mesh along which copies of a factor share its refreshes;
     `soap_optax.soap` explains it."""
@@ -737,6 +738,7 @@ def matrices(adam: Sequence[str]) -> Callable[[Any], Any]:
     head is, because each of their columns gives the scores of one expert, and they end
     in a softmax. They are few of the parameters.
     """
+    # What `exclude` names has to be there, and most models have no router.
     not_a_router = "^(?!.*router)"
     return soap_optax.matrices(exclude=("scale", *adam), include=not_a_router)
 

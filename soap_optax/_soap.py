@@ -173,7 +173,8 @@ def soap(
         `state_sharding`.
       refresh_axes: names of mesh axes along which devices that have copies of a factor
         share its refreshes and then gather the new eigenbases. None means no axis where
-        blocks lie within shards, and all axes elsewhere.
+        blocks lie within shards, and all axes elsewhere. It has no effect where
+        shardings are not known.
 
     Returns:
       An `optax.GradientTransformationExtraArgs`. Updates have the gradients' dtype.

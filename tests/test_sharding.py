@@ -132,7 +132,11 @@ CASES = {
         ALIGNED,
         {"block_size": 4, "refresh_axes": ("d",), "factors": "kl", "basis": "current"},
     ),
-    "alone": (UNBLOCKED, {"refresh_axes": ()}),
+    "shared in turns": (
+        ALIGNED,
+        {"block_size": 4, "refresh_axes": ("d", "x"), "stagger": True},
+    ),
+    "cut, not shared": (CUT, {"block_size": 8, "refresh_axes": ()}),
     "bf16": (UNBLOCKED, {"precond_dtype": jnp.bfloat16, "mu_dtype": jnp.bfloat16}),
 }
 IN_EVERY_RUN = {
@@ -755,6 +759,15 @@ def test_refresh_axes_are_axes_of_the_mesh():
     message = r"refresh_axes must be .* axes of the mesh, which are d, x, y, got \('da"
     with pytest.raises(ValueError, match=message):
         tx.init({"w": jnp.ones((8, 6))})
+    twice = soap_optax.soap(1e-3, params_sharding=shardings, refresh_axes=("d", "d"))
+    with pytest.raises(ValueError, match="refresh_axes must be different axes"):
+        twice.init({"w": jnp.ones((8, 6))})
+    mesh = make_mesh((1, 2, 4), AxisType.Explicit)  # `init` sees one device.
+    later = soap_optax.soap(1e-3, refresh_axes=("data",))
+    state = later.init({"w": jnp.ones((8, 6))})
+    params = jax.device_put({"w": jnp.ones((8, 6))}, NamedSharding(mesh, P()))
+    with pytest.raises(ValueError, match=message):
+        jax.eval_shape(later.update, params, state, params)
     with pytest.raises(ValueError, match="refresh_axes must be a sequence of names"):
         soap_optax.soap(1e-3, refresh_axes="data")
 

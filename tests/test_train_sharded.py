@@ -339,7 +339,6 @@ SAVED = {
     Death("update", 7, process=0): 4,
     Death("save", 8, process=0): 4,
 }
-share_a_worker = pytest.mark.xdist_group("a process dies")
 
 
 @pytest.fixture(scope="module")
@@ -385,7 +384,6 @@ def final_state(folder):
 
 
 @pytest.mark.slow
-@share_a_worker
 @pytest.mark.parametrize("death", SAVED, ids=lambda death: death.moment)
 def test_a_restart_is_the_same_to_the_bit(death, undisturbed, tmp_path):
     """Losses, parameters and the state of the optimizer, after a process was killed."""
@@ -399,7 +397,6 @@ def test_a_restart_is_the_same_to_the_bit(death, undisturbed, tmp_path):
 
 
 @pytest.mark.slow
-@share_a_worker
 def test_a_restart_with_half_of_the_devices(undisturbed, tmp_path):
     """One process trains on alone, on another mesh, equally up to round-off.
 

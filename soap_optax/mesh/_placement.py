@@ -257,8 +257,9 @@ def check_refresh_axes(leaf: Leaf, refresh_axes: Sequence[str] | None) -> None:
     if leaf.sharding is None:
         return
     _, known = spec_and_sizes(leaf)
-    rule = f"a sequence of axes of the mesh, which are {', '.join(known)}"
-    holds = set(refresh_axes or ()) <= set(known)
+    rule = f"different axes of the mesh, which are {', '.join(known)}"
+    axes = [*(refresh_axes or ())]
+    holds = set(axes) <= set(known) and len(set(axes)) == len(axes)
     _arguments.require("refresh_axes", refresh_axes, rule, holds)
 
 

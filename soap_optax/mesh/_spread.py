@@ -62,6 +62,8 @@ def make_refresh(
         slots = _stacks.make_slots(factors, count)
         wanted = [None] * len(leaves)
         return Refresh(layouts, factors, wanted, method, request, change, slots)
+    for leaf in leaves:
+        _placement.check_refresh_axes(leaf, refresh_axes)
     with_factors = [i for i, leaf in enumerate(leaves) if leaf.layout.has_factors]
     local = [i for i in with_factors if _is_local(leaves[i], refresh_axes or ())]
     others = [i for i in with_factors if i not in local]
@@ -74,6 +76,19 @@ def make_refresh(
     return SpreadRefresh(
         tuple(leaves), factors, method, request, change, tuple(local), slots, axes
     )
+
+
+def _shared_axes(leaf: Leaf, refresh_axes: Sequence[str] | None) -> list[str]:
+    """The mesh axes along which devices share the refreshes of a spread parameter.
+
+    These are the axes that shard the parameter, because its factors may have copies
+    along them, and those of `refresh_axes`, or all axes of the mesh.
+    """
+    spec, sizes = _placement.spec_and_sizes(leaf)
+    if refresh_axes is None:
+        return [*sizes]
+    sharded = {name for entry in spec for name in _mesh.names(entry)}
+    return [name for name in sizes if name in {*sharded, *refresh_axes}]
 
 
 def _is_local(leaf: Leaf, refresh_axes: Sequence[str]) -> bool:
@@ -481,12 +496,13 @@ def _exchanges(
     The owner of a matrix is the device with the least to do of those that have a part
     of it.
     """
+    axes_of = {i: _shared_axes(leaves[i], refresh_axes) for i in members}
     matrices = [
         (kind, (i, axis, number))
         for i in members
         for axis, sharding in enumerate(_placement.of_factors(leaves[i]))
         if sharding is not None
-        for kind, count in [_kind(factors[i][axis], sharding, refresh_axes)]
+        for kind, count in [_kind(factors[i][axis], sharding, axes_of[i])]
         for number in range(count)
     ]
     sizes = _mesh_of(leaves).shape
@@ -537,14 +553,11 @@ def _give_to_idlest(
 
 
 def _kind(
-    factor: jax.Array,
-    sharding: _mesh.NamedSharding,
-    refresh_axes: tuple[str, ...] | None,
+    factor: jax.Array, sharding: _mesh.NamedSharding, shared: Sequence[str]
 ) -> tuple[_Kind, int]:
     """The kind of the matrices of a factor, and how many of them a device has."""
     *grid, rows, _ = map(_mesh.names, sharding.spec)
     used = {*rows, *(name for entry in grid for name in entry)}
-    wanted = sharding.mesh.axis_names if refresh_axes is None else refresh_axes
-    copies = tuple(name for name in wanted if name not in used)
+    copies = tuple(name for name in shared if name not in used)
     *count, _, size = sharding.shard_shape(factor.shape)
     return _Kind(size, factor.dtype, rows, copies), math.prod(count)
