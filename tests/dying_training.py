@@ -71,6 +71,8 @@ class Death:
         while self.is_due("save"):
             if list(manager.directory.glob(f"{self.steps}.*tmp*")):
                 self.strike("save")
+            if (manager.directory / str(self.steps)).exists():
+                sys.exit("The checkpoint was whole before its writing was seen.")
             time.sleep(0.001)
 
 

@@ -334,7 +334,7 @@ SHORT = ["--steps=4", "--warmup=1", "--batch=4", "--context=32", "--eval-every=2
 
 
 def test_command_line(tmp_path):
-    """SOAP is trained by `test_comparison`, also in a process of its own."""
+    """AdamW compiles fast; SOAP trains in the processes of other tests."""
     more = ["--optimizer", "adamw", "--metrics", tmp_path / "metrics.csv"]
     output = run_example("train_lm.py", *SHORT, *more)
     assert "adamw: validation loss" in output
