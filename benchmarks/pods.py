@@ -242,6 +242,7 @@ class Check:
 
     out: Path = Path("runs/pods")
     kept: Path = Path("runs/pods")
+    """Where finished rows are kept, so that no command compiles them again."""
     pods: tuple[str, ...] = tuple(PODS)
     optimizers: tuple[str, ...] = tuple(OPTIMIZERS)
     """Which of the optimizers of a pod have a row."""

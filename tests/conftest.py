@@ -20,8 +20,8 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 # The threads of LAPACK only get into each other's way on small matrices.
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 # Some tests compile the same large programs, also in processes of their own. To keep
-# a small one costs more than another test saves.
-if "JAX_COMPILATION_CACHE_DIR" not in os.environ:  # as in the processes of xdist
+# a small one costs more than another test saves. Processes of xdist inherit the folder.
+if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
     os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="jax-cache-")
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.5")
 # Nobody reads from which line of Python an operation of a program comes.

@@ -15,7 +15,7 @@ TABLES = Path(__file__).parents[1] / "docs" / "results"
 MADE_BY = {"pods": "make tpu-check"}
 
 
-@pytest.mark.slow  # A table takes an hour, which is due before a release only.
+@pytest.mark.slow  # To make a table takes half an hour, and is due before a release.
 @pytest.mark.skipif(not TABLES.exists(), reason="the tables are in the repository")
 @pytest.mark.parametrize("table", MADE_BY)
 def test_a_table_is_of_the_code_that_it_describes(table):
