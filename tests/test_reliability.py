@@ -189,7 +189,7 @@ def test_rows_that_rarely_have_a_gradient(options):
 
 
 def test_rows_that_rarely_have_a_gradient_as_published():
-    """The test above is about something: here moments turn and entries get large."""
+    """Where no second moment is raised, a turn makes entries of updates large."""
     own = soap_optax.in_eigenbasis(optax.scale_by_adam(0.95, 0.95))
     assert reliability.rare(own, (120, 8), 100)[4:].max() > 10
 
