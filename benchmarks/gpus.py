@@ -1,14 +1,18 @@
-"""Compiles for a GPU that need not be there, and reads how much memory is needed.
+"""Compiles for a GPU that need not be there, and reads memory and kernels off programs.
 
     python benchmarks/gpus.py --out docs/results
 
-The table has a row for each optimizer, with the parameters of a preset of the trainer:
-the bytes of its state, of the temporaries of an update and of what an update without
-refresh copies, the decompositions in the program, and the peak of a training step,
-which is the gradient of the trainer's loss and this update without clipping. Nothing is
-run, so no step is timed; `steps.py` does that on a GPU. `compile_s` and
-`step_compile_s` are the seconds of compiling alone, without tracing and lowering. The
-command needs `jax[cuda12]` and no GPU.
+The table `gpus` has a row for each optimizer, with the parameters of a preset of the
+trainer: the bytes of its state, of the temporaries of an update and of what an update
+without refresh copies, the decompositions in the program, and the peak of a training
+step, which is the gradient of the trainer's loss and this update without clipping.
+Nothing is run, so no step is timed; `steps.py` does that on a GPU. `compile_s` and
+`step_compile_s` are the seconds of compiling alone, without tracing and lowering.
+
+The table `gpus_kernels` has the number of kernels that a step of the small network of
+`small.py` starts. Each takes a few microseconds, however small its arrays are.
+
+The command needs `jax[cuda12]` and no GPU.
 """
 
 import os
@@ -22,6 +26,7 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")  # It would log that there is
 
 import dataclasses
 import functools
+import itertools
 import sys
 from importlib import metadata
 from pathlib import Path
@@ -35,10 +40,14 @@ from jax.experimental import topologies
 sys.path.insert(0, str(Path(__file__).parent))
 sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
 sys.path.insert(0, str(Path(__file__).parent.parent / "experiments"))
+import kernels
 import programs
+import small
 import steps
 import train_lm
 from results import machine, origin, report, require_known
+
+import soap_optax
 
 # XLA has to know this of an H200.
 H200 = """
@@ -76,6 +85,22 @@ ROWS = (
     "bf16 mu, factors, blocks 512",
     "one-sided",
 )
+# Equal layers may be one stack: three matrices, and their biases, which are a vector.
+NETWORKS = {
+    "layer by layer": small.MLP,
+    "equal layers in a stack": [(2, 64), (64,), (3, 64, 64), (192,), (64, 1), (1,)],
+}
+# Without eigh a refresh is the only thing that a step of SOAP does now and then.
+_soap = functools.partial(
+    small.soap, initial_basis="identity", dimension_numbers=soap_optax.matrices()
+)
+KERNEL_ROWS = {
+    **{name: small.LOOPS[name] for name in ("adam", "muon")},
+    "soap": _soap,
+    "soap, recipe": functools.partial(
+        _soap, nesterov=True, basis="current", factors="kl"
+    ),
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -148,6 +173,19 @@ def update_row(tx: Any, state: Any) -> dict[str, Any]:
     }
 
 
+def kernels_of(
+    name: str, network: str, sharding: jax.sharding.Sharding
+) -> dict[str, Any]:
+    """The kernels of a step of a small network, with a refresh and without."""
+    tx = KERNEL_ROWS[name]()
+    params = jax.eval_shape(lambda: small.normal(NETWORKS[network]))
+    state = on_gpu((params, jax.eval_shape(tx.init, params)), sharding)
+    count = on_gpu(jax.ShapeDtypeStruct((), jnp.int32), sharding)
+    step = jax.jit(functools.partial(small.next_state, tx), donate_argnums=0)
+    parts = programs.computations(compiled(step, state, count)[1].as_text())
+    return {"network": network, "optimizer": name, **kernels.of_a_step(parts)}
+
+
 def main(check: Check) -> None:
     require_known("rows", check.rows, steps.ROWS)
     require_known("preset", [check.preset], train_lm.PRESETS)
@@ -167,6 +205,9 @@ def main(check: Check) -> None:
         {"model": check.preset, **row_of(name, check, sharding)} for name in check.rows
     )
     report(rows, check.out / "gpus.csv", about)
+    pairs = itertools.product(KERNEL_ROWS, NETWORKS)
+    rows = (kernels_of(name, network, sharding) for name, network in pairs)
+    report(rows, check.out / "gpus_kernels.csv", about)
 
 
 if __name__ == "__main__":

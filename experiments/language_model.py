@@ -16,7 +16,7 @@ table and writes it, with a plot, to `--out`:
     batch_size  counts the steps to NAdamW's final loss in batches of different sizes
     ablations   shows what each option of SOAP costs and brings
     widths      shows the best learning rate of models of different widths
-    precisions  shows what products of lower precision cost; it needs an accelerator
+    precisions  shows what products of lower precision cost, which a CPU emulates
 """
 
 import dataclasses
@@ -92,7 +92,6 @@ FREQUENCY_OPTIMIZERS = {
     "Shampoo": "Shampoo",
 }
 """Names without a frequency, and the labels of the settings that are taken."""
-BATCHES = (32, 128, 512)
 BATCH_OPTIMIZERS = ("AdamW", "NAdamW", "SOAP")
 _ONE_SIDED = {"one_sided": True, "factors": "shampoo"}
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -162,6 +161,9 @@ class Experiment:
     in the first length, and the learning rates anew in the others."""
     variants: tuple[str, ...] = tuple(VARIANTS)
     """Which variants `ablations` has."""
+    batches: tuple[int, ...] = (32, 128, 512)
+    """How many sequences the batches of `batch_size` have. They train on as many tokens
+    as the last of the lengths has in batches of 32."""
     seeds: int = 3
     search_seeds: int = 1
     """Over how many of the seeds the search for settings takes the mean."""
@@ -426,7 +428,7 @@ def batch_size(experiment: Experiment) -> None:
     experiment = only(experiment, *BATCH_OPTIMIZERS)
     best, _ = tuned(experiment, experiment.lengths[0])
     rows = []
-    for batch in BATCHES:
+    for batch in experiment.batches:
         starts = {
             label: at_batch(config, experiment.lengths[-1], batch)
             for label, config in best.items()
@@ -446,7 +448,7 @@ def batch_size(experiment: Experiment) -> None:
 
 def at_batch(config: Config, steps: int, batch: int) -> Config:
     """Fewer steps of a larger batch, evaluated on as many sequences."""
-    usual = BATCHES[0]
+    usual = base(steps).filled().batch
     shorter = at_length(config, steps * usual // batch)
     if batch == usual:
         return shorter
@@ -456,12 +458,13 @@ def at_batch(config: Config, steps: int, batch: int) -> Config:
 
 def plot_batch_size(rows: list[dict[str, Any]], path: Path) -> None:
     figure, axis = plt.subplots(figsize=(6, 4))
+    batches = list(dict.fromkeys(row["batch"] for row in rows))
     for baseline in ("AdamW", "NAdamW"):
         name = f"fewer steps than {baseline}"
         shares = [row[name] for row in rows if row["optimizer"] == "SOAP"]
-        axis.plot(BATCHES, shares, "o-", color=COLORS[baseline], label=name)
+        axis.plot(batches, shares, "o-", color=COLORS[baseline], label=name)
     axis.set(xscale="log", xlabel="batch (sequences of 128 bytes)", ylim=(0, 1))
-    axis.set_xticks(BATCHES, BATCHES)
+    axis.set_xticks(batches, batches)
     axis.minorticks_off()
     axis.grid(alpha=0.3)
     axis.legend()
@@ -503,8 +506,6 @@ def state_bytes(config: Config) -> int:
 
 def precisions(experiment: Experiment) -> None:
     """Trains with products of lower precision, with the best settings of float32."""
-    if jax.default_backend() == "cpu":
-        sys.exit("error: --parts precisions needs an accelerator, got a CPU")
     best, _ = tuned(only(experiment, *PRECISION_OPTIMIZERS), experiment.lengths[0])
     found = of_all_seeds(
         experiment,

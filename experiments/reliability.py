@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import emulation
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -158,21 +159,25 @@ def null_shares(
     return shares
 
 
+PRECISIONS = ("precision", "refresh_precision")
 LOW_PRECISION: dict[str, dict[str, Any]] = {
     "bfloat16 gradients": {"dtype": jnp.bfloat16},
     "float16 gradients": {"dtype": jnp.float16},
     "bfloat16 factors": {"precond_dtype": jnp.bfloat16},
     "all in bfloat16": {"dtype": jnp.bfloat16, "precond_dtype": jnp.bfloat16},
+    "products of TensorFloat-32": dict.fromkeys(PRECISIONS, "TF32_TF32_F32"),
+    "products of bfloat16": dict.fromkeys(PRECISIONS, "BF16_BF16_F32"),
 }
 
 
 def low_precision() -> Iterator[Row]:
-    """Null-space shares where gradients or factors have few digits."""
+    """Null-space shares where gradients, factors or operands have few digits."""
     for (size, rank), (name, low) in itertools.product(
         ((64, 4), (256, 16)), LOW_PRECISION.items()
     ):
         for scale, rcond in itertools.product((1, 1e-5), (None, 0)):
-            shares = null_shares(size, rank, scale, rcond, **low)
+            with emulation.on_cpu():
+                shares = null_shares(size, rank, scale, rcond, **low)
             yield {
                 "size": size,
                 "rank": rank,

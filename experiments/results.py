@@ -45,7 +45,9 @@ SOURCES = {
         "soap_optax/**/*.py",
         "examples/train_lm.py",
         "benchmarks/gpus.py",
+        "benchmarks/kernels.py",
         "benchmarks/programs.py",
+        "benchmarks/small.py",
         "benchmarks/steps.py",
     ),
 }

@@ -11,6 +11,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import emulation
 import jax
 import members
 import numpy as np
@@ -76,10 +77,11 @@ class Curve:
 
 
 def run(config: Config) -> list[Row]:
-    return [
-        {"step": row.step, "validation_loss": row.validation_loss}
-        for row in train(config)
-    ]
+    with emulation.on_cpu():
+        return [
+            {"step": row.step, "validation_loss": row.validation_loss}
+            for row in train(config)
+        ]
 
 
 def name_of(config: Config) -> str:

@@ -2,6 +2,7 @@
 
 import jax
 import jax.numpy as jnp
+import kernels
 import programs
 import pytest
 
@@ -141,3 +142,54 @@ def test_decompositions_of_a_program():
 def test_other_texts_are_refused(read, text, message):
     with pytest.raises(programs.UnexpectedTextError, match=message):
         read(text)
+
+
+UPDATE = """
+%first (x: f32[2]) -> f32[2] {
+  ROOT %a = f32[2]{0} fusion(%x), kind=kLoop, calls=%fused
+}
+
+%keep (x: f32[2]) -> f32[2] {
+  ROOT %x = f32[2]{0} parameter(0)
+}
+
+%again (x: (f32[2], s32[])) -> pred[] {
+  ROOT %less = pred[] fusion(%x), kind=kLoop, calls=%fused
+}
+
+%turn (x: (f32[2], s32[])) -> (f32[2], s32[]) {
+  %product = (f32[2]{0}, s8[64]{0}) custom-call(%x), custom_call_target="gemm"
+  ROOT %pair = (f32[2]{0}, /*index=1*/s32[]) tuple(%product, %i)
+}
+
+%refresh (x: f32[2]) -> f32[2] {
+  %copy = (f32[2]{0}, f32[2]{0}, u32[]) copy-start(%x)
+  %copied = f32[2]{0} copy-done(%copy)
+  %loop = (f32[2]{0}, s32[]) while(%init), condition=%again, body=%turn
+  ROOT %y = f32[2]{0} conditional(%p, %x, %x), true_computation=%first, false_computation=%keep
+}
+
+ENTRY %main (x: f32[2]) -> f32[2] {
+  %x = f32[2]{0} parameter(0)
+  %a = f32[2]{0} conditional(%i, %x, %x), branch_computations={%keep, %first}
+  %sum = f32[]{:T(128)} reduce(%a, %zero), dimensions={0}, to_apply=%add
+  ROOT %b = f32[2]{0} conditional(%j, %x, %x), branch_computations={%keep, %refresh}
+}
+"""  # noqa: E501
+
+
+def test_kernels_of_a_step():
+    parts = programs.computations(UPDATE)
+    found = kernels.of_a_step(parts)
+    # One in the conditional before, one in the sum, and four in the refresh.
+    assert found == {"kernels": 2, "kernels_with_refresh": 6}
+    without = {"ENTRY": parts["first"]}
+    assert kernels.of_a_step(without) == {"kernels": 1}
+
+
+def test_kernels_of_an_unexpected_text():
+    with pytest.raises(programs.UnexpectedTextError, match="an instruction in each"):
+        kernels.of_a_step({"ENTRY": "  no instruction"})
+    line = "  %b = f32[2]{0} conditional(%j, %x, %x), computations={%keep, %refresh}"
+    with pytest.raises(programs.UnexpectedTextError, match="in each conditional"):
+        kernels.of_a_step({"ENTRY": line})
