@@ -56,6 +56,7 @@ experiments: setup
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e ".[experiments]"
 	$(BIN)/python experiments/language_model.py --out docs/results \
 		--curves docs/results/curves
+	$(BIN)/python experiments/precisions.py --out docs/results
 	$(BIN)/python experiments/pinn.py --out docs/results
 	$(BIN)/python experiments/vision.py --out docs/results
 	$(BIN)/python experiments/complex_parameters.py --out docs/results

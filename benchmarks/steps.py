@@ -3,7 +3,7 @@
     python benchmarks/steps.py                       # width 384, 4 layers
     python benchmarks/steps.py --preset 24-layers --rows soap
     python benchmarks/steps.py --preset 360m         # GPU
-    python benchmarks/steps.py --parts peers         # needs torch, pytorch-optimizer
+    python benchmarks/steps.py --parts peers         # needs PyTorch's, see `peers`
 
 The table of steps has a row for each optimizer: the medians of a step without refresh
 and of what a refresh adds, the mean and the 99th percentile over cycles, the seconds of
@@ -271,9 +271,9 @@ def steps_of(
 
 
 def peers(bench: Bench) -> Iterator[dict[str, Any]]:
-    """Steps of this SOAP and of that in pytorch-optimizer, which must be installed."""
+    """Steps of this SOAP and of those for PyTorch, which must be installed."""
+    import heavyball
     import pytorch_optimizer
-    import torch
 
     if jax.default_backend() != "cpu":
         sys.exit("error: peers are compared on CPU")
@@ -281,6 +281,25 @@ def peers(bench: Bench) -> Iterator[dict[str, Any]]:
     bare = bare_step(shape)
     jax.block_until_ready(bare())
     yield steps_of("soap", shape, bare, bench.cycles)
+    options = {"lr": 3e-3, "precondition_frequency": 10}
+    of_all = {"max_precond_dim": 10_000, "merge_dims": False}
+    makers = {
+        "pytorch-optimizer": functools.partial(pytorch_optimizer.SOAP, **options),
+        "heavyball": functools.partial(heavyball.SOAP, **options, **of_all),
+    }
+    for package, make in makers.items():
+        names = ", ".join(f"{name} {version(name)}" for name in (package, "torch"))
+        yield {"optimizer": names, **torch_steps(make, shape, bare, bench.cycles)}
+
+
+def torch_steps(
+    make: Callable[[list[Any]], Any],
+    shape: Shape,
+    bare: Callable[[], Any],
+    cycles: int,
+) -> dict[str, Any]:
+    """The row of an optimizer for PyTorch, made of a list of parameters."""
+    import torch
 
     def tensors(seed: int) -> list[Any]:
         leaves = jax.tree.leaves(normal(shape, seed))
@@ -288,19 +307,19 @@ def peers(bench: Bench) -> Iterator[dict[str, Any]]:
 
     params = [torch.nn.Parameter(tensor) for tensor in tensors(1)]
     gradients = [tensors(seed) for seed in range(2, 4)]
-    optimizer = pytorch_optimizer.SOAP(params, lr=3e-3, precondition_frequency=10)
+    optimizer = make(params)
 
     def step(count: int) -> float:
         for param, gradient in zip(params, gradients[count % 2], strict=True):
-            param.grad = gradient
+            param.grad = gradient.clone()  # HeavyBall changes it in place.
         return seconds(optimizer.step)[0]
 
-    times = in_turn(step, bare, bench.cycles)
+    for count in range(20):
+        step(count)  # HeavyBall compiles the first step and the first refresh.
+    times = in_turn(step, bare, cycles)
     state = [x for of in optimizer.state.values() for x in jax.tree.leaves(of)]
     tensors_of_state = [x for x in state if isinstance(x, torch.Tensor)]
-    yield {
-        "optimizer": f"pytorch-optimizer {version('pytorch-optimizer')}, "
-        f"torch {torch.__version__}",
+    return {
         "state_mb": sum(x.numel() * x.element_size() for x in tensors_of_state) / 1e6,
         **times,
     }

@@ -90,6 +90,7 @@ FREQUENCY_OPTIMIZERS = {
     "SOAP": "SOAP",
     "SOAP, previous basis": "SOAP, f=10",
     "Shampoo": "Shampoo",
+    "KL-Shampoo": "KL-Shampoo",
 }
 """Names without a frequency, and the labels of the settings that are taken."""
 BATCH_OPTIMIZERS = ("AdamW", "NAdamW", "SOAP")

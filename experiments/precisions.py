@@ -24,7 +24,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import tyro
-from results import Row, report
+from results import Row, report, require_known
 
 import soap_optax
 
@@ -47,7 +47,8 @@ class Experiment:
 
     steps: int = 110
     """How many steps there are; at f=100 the last refresh is that of step 100."""
-    precisions: tuple[str, ...] = tuple(emulation.EMULATED)
+    optimizers: tuple[str, ...] = tuple(OPTIMIZERS)
+    precisions: tuple[str, ...] = ("TF32_TF32_F32", "BF16_BF16_F32_X3", "BF16_BF16_F32")
     """Which precisions there are beside float32."""
     out: Path = Path("runs/precisions")
 
@@ -124,44 +125,50 @@ def distance(found: list[jax.Array], exact: list[jax.Array]) -> float:
 
 def rows(experiment: Experiment) -> Iterator[Row]:
     grads = gradients(experiment.steps)
-    for name, options in OPTIMIZERS.items():
-        make = functools.partial(
-            soap_optax.scale_by_soap, b1=0.95, b2=0.95, nesterov=True, **options
-        )
-        with jax.enable_x64(True):
-            update = jax.jit(make().update)
-            exact = run(update, make(), as_dtype(grads, jnp.float64))
-            exact_updates = [update(*pair)[0] for pair in exact.last]
-            rounded = [as_dtype(pair, jnp.float32) for pair in exact.last]
-        row = {"optimizer": name}
-        both = "precision", "refresh_precision"
-        yield {
-            **row,
-            **dict.fromkeys(both, "float64"),
-            "error of an update": 0.0,
-            "off-diagonal": exact.off_diagonal,
-        }
-        for precision, of_refresh in (
-            ("highest", "highest"),
-            *((one, "highest") for one in experiment.precisions),
-            *((one, one) for one in experiment.precisions),
-        ):
-            pair = dict(zip(both, (precision, of_refresh), strict=True))
-            tx = make(**pair)
-            update = jax.jit(tx.update)
-            errors = [
-                distance(update(*pair)[0], of_one)
-                for pair, of_one in zip(rounded, exact_updates, strict=True)
-            ]
-            yield {
-                **row,
-                **pair,
-                "error of an update": float(np.median(errors)),
-                "off-diagonal": run(update, tx, grads).off_diagonal,
-            }
+    for name in experiment.optimizers:
+        for row in rows_of(OPTIMIZERS[name], grads, experiment.precisions):
+            yield {"optimizer": name, **row}
+
+
+def rows_of(
+    options: dict[str, Any], grads: list[list[jax.Array]], precisions: tuple[str, ...]
+) -> Iterator[Row]:
+    """The rows of one optimizer, beginning with float64."""
+    make = functools.partial(
+        soap_optax.scale_by_soap, b1=0.95, b2=0.95, nesterov=True, **options
+    )
+    with jax.enable_x64(True):
+        update = jax.jit(make().update)
+        exact = run(update, make(), as_dtype(grads, jnp.float64))
+        exact_updates = [update(*pair)[0] for pair in exact.last]
+        starts = [as_dtype(pair, jnp.float32) for pair in exact.last]
+    yield row_of("float64", "float64", [0.0], exact)
+    for precision, of_refresh in (
+        ("highest", "highest"),
+        *((one, "highest") for one in precisions),
+        *((one, one) for one in precisions),
+    ):
+        tx = make(precision=precision, refresh_precision=of_refresh)
+        update = jax.jit(tx.update)
+        errors = [
+            distance(update(*start)[0], of_one)
+            for start, of_one in zip(starts, exact_updates, strict=True)
+        ]
+        yield row_of(precision, of_refresh, errors, run(update, tx, grads))
+
+
+def row_of(precision: str, of_refresh: str, errors: list[float], run: Run) -> Row:
+    return {
+        "precision": precision,
+        "refresh_precision": of_refresh,
+        "error of an update": float(np.median(errors)),
+        "off-diagonal": run.off_diagonal,
+    }
 
 
 def main(experiment: Experiment) -> None:
+    require_known("optimizers", experiment.optimizers, OPTIMIZERS)
+    require_known("precisions", experiment.precisions, emulation.EMULATED)
     with emulation.on_cpu():
         report(rows(experiment), experiment.out / "precisions.csv")
 

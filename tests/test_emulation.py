@@ -4,6 +4,7 @@ import emulation
 import jax
 import jax.numpy as jnp
 import numpy as np
+import precisions
 import pytest
 
 RNG = np.random.default_rng(0)
@@ -80,3 +81,21 @@ def test_it_works_under_vmap_and_grad():
     rounded = RIGHT.astype(jnp.bfloat16).astype(np.float64)
     expected = np.broadcast_to(rounded.sum(1), LEFT.shape)
     np.testing.assert_allclose(gradient, expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.slow
+def test_errors_of_updates():
+    experiment = precisions.Experiment(
+        steps=40, optimizers=("SOAP, f=10",), precisions=("BF16_BF16_F32",)
+    )
+    with jax.enable_x64(False), emulation.on_cpu():
+        rows = list(precisions.rows(experiment))
+    errors = {
+        (row["precision"], row["refresh_precision"]): row["error of an update"]
+        for row in rows
+    }
+    assert errors["float64", "float64"] == 0
+    assert 0 < errors["highest", "highest"] < 0.01
+    # With the basis of the step before, the refresh comes after the update.
+    of_refresh = errors["BF16_BF16_F32", "BF16_BF16_F32"]
+    assert 0.01 < errors["BF16_BF16_F32", "highest"] == of_refresh < 0.2
