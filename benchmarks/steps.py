@@ -3,7 +3,7 @@
     python benchmarks/steps.py                       # width 384, 4 layers
     python benchmarks/steps.py --preset 24-layers --rows soap
     python benchmarks/steps.py --preset 360m         # GPU
-    python benchmarks/steps.py --parts peers         # needs PyTorch's, see `peers`
+    python benchmarks/steps.py --parts peers         # heavyball, pytorch-optimizer
 
 The table of steps has a row for each optimizer: the medians of a step without refresh
 and of what a refresh adds, the mean and the 99th percentile over cycles, the seconds of

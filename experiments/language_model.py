@@ -80,7 +80,7 @@ OPTIMIZERS: dict[str, dict[str, Any]] = {
 }
 _TAB20 = plt.get_cmap("tab20").colors  # They alternate between dark and light.
 COLORS = dict(zip(OPTIMIZERS, _TAB20[::2] + _TAB20[1::2], strict=False))
-BASELINES = ("AdamW", "NAdamW", "Muon", "Shampoo")
+BASELINES = ("AdamW", "NAdamW", "Muon", "Shampoo", "SOAP")
 RATES = ("learning_rate", "adam_learning_rate")
 ADAM_ALONE, MATRICES_ALONE = ("adam_learning_rate",), ("learning_rate",)
 APART = (ADAM_ALONE, MATRICES_ALONE)
@@ -272,13 +272,16 @@ def efficiency(experiment: Experiment) -> None:
 
 
 def summary(label: str, found: dict[str, Seeds]) -> dict[str, Any]:
-    """The losses of an optimizer, and the steps it saves over others, mean of seeds."""
-    shares = {
-        f"fewer steps than {name}": np.mean(saved(found[label], found[name]))
-        for name in BASELINES
-        if name in found
-    }
-    return {"optimizer": label, **outcome(found[label]), **shares}
+    """The losses of an optimizer, and the steps it saves over others.
+
+    The shares of steps are means of the seeds, and then stand for each seed.
+    """
+    row = {"optimizer": label, **outcome(found[label])}
+    for name in (name for name in BASELINES if name in found):
+        shares = saved(found[label], found[name])
+        row[f"fewer steps than {name}"] = np.mean(shares)
+        row[f"than {name}, by seed"] = " ".join(f"{share:.3f}" for share in shares)
+    return row
 
 
 def outcome(of_seeds: Seeds) -> dict[str, Any]:
