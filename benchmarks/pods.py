@@ -147,10 +147,8 @@ RECIPE: dict[str, Any] = {
     "learning_rate": 3e-4,
     "b1": 0.9,
     "b2": 0.95,
-    "factors": "kl",
-    "basis": "current",
-    "precondition_frequency": 1,
     "update_rms": 0.2,
+    **recipes.KL_SOAP,
 }
 OPTIMIZERS: dict[str, dict[str, Any]] = {
     "adamw": {"optimizer": "adamw"},

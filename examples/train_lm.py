@@ -76,49 +76,30 @@ class Preset:
     vocab: int | None = None
 
 
+_of_soap = functools.partial(
+    Preset, head_dim=64, context=1024, batch=2048, steps=3200, warmup=600
+)
+_of_llama = functools.partial(
+    Preset,
+    head_dim=128,
+    context=8192,
+    batch=512,
+    steps=100_000,
+    warmup=2000,
+    kv_heads=8,
+    gated=True,
+    vocab=128_256,
+)
+_tiny = Preset(2, 128, 32, context=128, batch=32, steps=600, warmup=50)
 PRESETS = {
-    "tiny": Preset(2, 128, 32, context=128, batch=32, steps=600, warmup=50),
-    "210m": Preset(12, 1024, 64, context=1024, batch=2048, steps=3200, warmup=600),
-    "360m": Preset(24, 1024, 64, context=1024, batch=2048, steps=3200, warmup=600),
-    "660m": Preset(24, 1408, 64, context=1024, batch=2048, steps=3200, warmup=600),
-    "llama-8b": Preset(
-        32,
-        4096,
-        128,
-        context=8192,
-        batch=512,
-        steps=100_000,
-        warmup=2000,
-        kv_heads=8,
-        mlp=14336,
-        gated=True,
-        vocab=128_256,
-    ),
-    "llama-70b": Preset(
-        80,
-        8192,
-        128,
-        context=8192,
-        batch=512,
-        steps=100_000,
-        warmup=2000,
-        kv_heads=8,
-        mlp=28672,
-        gated=True,
-        vocab=128_256,
-    ),
-    "tiny-experts": Preset(
-        2,
-        128,
-        32,
-        context=128,
-        batch=32,
-        steps=600,
-        warmup=50,
-        mlp=256,
-        gated=True,
-        experts=8,
-        active_experts=2,
+    "tiny": _tiny,
+    "210m": _of_soap(12, 1024),
+    "360m": _of_soap(24, 1024),
+    "660m": _of_soap(24, 1408),
+    "llama-8b": _of_llama(32, 4096, mlp=14336),
+    "llama-70b": _of_llama(80, 8192, mlp=28672),
+    "tiny-experts": dataclasses.replace(
+        _tiny, mlp=256, gated=True, experts=8, active_experts=2
     ),
     "qwen3-235b": Preset(
         94,
@@ -221,7 +202,9 @@ class Config:
     update_rms: float | None = None
     """The size of SOAP's and Shampoo's updates; `soap_optax.soap` explains it."""
     stagger: bool = False
-    precision: str = "highest"
+    precond_dtype: Literal["bfloat16"] | None = None
+    """The dtype of factors and eigenbases; None is float32."""
+    precision: str = "high"
     """The precision of the products of SOAP and Shampoo in a step."""
     refresh_precision: str = "highest"
     """The precision of the products of factors and eigenbases in their refreshes."""
@@ -796,6 +779,7 @@ def eigenbasis_options(config: Config, mesh: Mesh | None) -> dict[str, Any]:
         "one_sided": config.one_sided,
         "factors": config.factors,
         "stagger": config.stagger,
+        "precond_dtype": config.precond_dtype,
         "precision": config.precision,
         "refresh_precision": config.refresh_precision,
         "dimension_numbers": matrices(config.adam),

@@ -11,6 +11,7 @@ repeated, so that a command that was stopped goes on where it was. Each part pri
 table and writes it, with a plot, to `--out`:
 
     efficiency  counts the steps of each optimizer to the final losses of others
+    schedules   counts the steps of shorter trainings that end at others' final losses
     time        measures whole steps, and counts the time to NAdamW's final loss
     frequency   shows the final loss against the steps between refreshes
     batch_size  counts the steps to NAdamW's final loss in batches of different sizes
@@ -31,6 +32,7 @@ import jax
 import matplotlib
 import numpy as np
 import tyro
+from recipes import KL_SOAP
 from results import report, require_known
 
 sys.path.append(str(Path(__file__).parent.parent / "examples"))
@@ -44,6 +46,7 @@ from train_lm import (
 )
 from tuning import (
     Config,
+    Curve,
     Seeds,
     base,
     best_settings,
@@ -56,7 +59,6 @@ from tuning import (
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
-_RECIPE = {"precondition_frequency": 1, "factors": "kl", "basis": "current"}
 OPTIMIZERS: dict[str, dict[str, Any]] = {
     "AdamW": {"optimizer": "adamw", "nesterov": False},
     "NAdamW": {"optimizer": "adamw"},
@@ -65,9 +67,9 @@ OPTIMIZERS: dict[str, dict[str, Any]] = {
     "KL-Shampoo": {"optimizer": "shampoo", "refresh": "eigh", "factors": "kl"},
     "SOAP, published": PUBLISHED,
     "SOAP, f=10": {},
-    "SOAP": _RECIPE,
-    "SOAP-Muon": {"optimizer": "soap_muon", **_RECIPE},
-    "SOAP on spheres": {"optimizer": "soap_spheres", **_RECIPE},
+    "SOAP": KL_SOAP,
+    "SOAP-Muon": {"optimizer": "soap_muon", **KL_SOAP},
+    "SOAP on spheres": {"optimizer": "soap_spheres", **KL_SOAP},
     "SPlus": {
         "optimizer": "splus",
         "nesterov": False,
@@ -85,6 +87,8 @@ RATES = ("learning_rate", "adam_learning_rate")
 ADAM_ALONE, MATRICES_ALONE = ("adam_learning_rate",), ("learning_rate",)
 APART = (ADAM_ALONE, MATRICES_ALONE)
 """The settings that are sought only where Adam has matrices of its own."""
+SCHEDULE_OPTIMIZERS = ("SOAP", "SOAP-Muon")
+SCHEDULE_BASELINES = ("NAdamW", "Muon")
 FREQUENCIES = (1, 4, 10, 30, 100)
 FREQUENCY_OPTIMIZERS = {
     "SOAP": "SOAP",
@@ -106,6 +110,7 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "eigh": ("SOAP", {"refresh": "eigh"}),
     "blocks of 64": ("SOAP", {"block_size": 64}),
     "one-sided, Shampoo's factor": ("SOAP", _ONE_SIDED),
+    "factors in bfloat16": ("SOAP", {"precond_dtype": "bfloat16"}),
     "factorized": ("SOAP", {"factorized": True}),
     "one-sided, Shampoo's factor, factorized": (
         "SOAP",
@@ -124,13 +129,12 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
 PRECISIONS: dict[str, dict[str, Any]] = {
     "float32": {},
     "TF32": {"precision": "TF32_TF32_F32"},
+    "three terms of bfloat16": {"precision": "BF16_BF16_F32_X3"},
     "TF32 in refreshes, too": dict.fromkeys(
         ("precision", "refresh_precision"), "TF32_TF32_F32"
     ),
-    "three terms of bfloat16": {"precision": "BF16_BF16_F32_X3"},
     "bfloat16": {"precision": "BF16_BF16_F32"},
 }
-PRECISION_OPTIMIZERS = ("SOAP", "SOAP, f=10")
 WIDTHS = {64: "width-64", 128: "tiny", 256: "width-256"}
 WIDTH_STEPS, WIDTH_ADAM_RATE = 120, 1e-2
 WIDTH_RATES = (3e-3, 1e-2, 3e-2, 1e-1, 3e-1)
@@ -149,6 +153,7 @@ class Experiment:
 
     parts: tuple[str, ...] = (
         "efficiency",
+        "schedules",
         "time",
         "frequency",
         "batch_size",
@@ -160,6 +165,8 @@ class Experiment:
     lengths: tuple[int, ...] = (300, 1200)
     """How many steps the trainings of `efficiency` and `time` have. Settings are sought
     in the first length, and the learning rates anew in the others."""
+    shares: tuple[float, ...] = (0.5, 0.85)
+    """Which shares of the last of the lengths the trainings of `schedules` have."""
     variants: tuple[str, ...] = tuple(VARIANTS)
     """Which variants `ablations` has."""
     batches: tuple[int, ...] = (32, 128, 512)
@@ -276,7 +283,15 @@ def summary(label: str, found: dict[str, Seeds]) -> dict[str, Any]:
 
     The shares of steps are means of the seeds, and then stand for each seed.
     """
-    row = {"optimizer": label, **outcome(found[label])}
+    return {
+        "optimizer": label,
+        **outcome(found[label]),
+        **shares_of_steps(label, found),
+    }
+
+
+def shares_of_steps(label: str, found: dict[str, Seeds]) -> dict[str, Any]:
+    row = {}
     for name in (name for name in BASELINES if name in found):
         shares = saved(found[label], found[name])
         row[f"fewer steps than {name}"] = np.mean(shares)
@@ -318,6 +333,49 @@ def save(figure: Any, path: Path) -> None:
     figure.tight_layout()
     figure.savefig(path, dpi=150)
     plt.close(figure)
+
+
+# --- schedules -----------------------------------------------------------------------
+
+
+def schedules(experiment: Experiment) -> None:
+    """Trains anew with fewer steps, and compares final losses alone.
+
+    The learning rate of such a training decays earlier. Its other settings are those of
+    the whole length. The paper measures its shares of steps in this way.
+    """
+    experiment = only(experiment, *SCHEDULE_BASELINES, *SCHEDULE_OPTIMIZERS)
+    steps = experiment.lengths[-1]
+    whole = trainings(experiment, steps)
+    lengths = [round(steps * share) for share in experiment.shares]
+    shorter = of_all_seeds(
+        experiment,
+        {
+            (label, length): at_length(whole[label][0].config, length)
+            for label in SCHEDULE_OPTIMIZERS
+            for length in lengths
+        },
+    )
+    rows = []
+    for label in SCHEDULE_OPTIMIZERS:
+        of_lengths = {length: shorter[label, length] for length in lengths}
+        of_lengths[steps] = whole[label]
+        found = {**whole, label: by_length(of_lengths)}
+        rows += [
+            {"optimizer": label, "steps": length, "final loss": mean(of_seeds)}
+            for length, of_seeds in of_lengths.items()
+        ]
+        rows[-1] |= shares_of_steps(label, found)
+    report(rows, experiment.out / f"schedules_{steps}.csv")
+
+
+def by_length(of_lengths: dict[int, Seeds]) -> Seeds:
+    """The final losses of each seed against the lengths of the trainings, as curves."""
+    lengths = np.array([*of_lengths])
+    return [
+        Curve(of_one[-1].config, lengths, np.array([curve.final for curve in of_one]))
+        for of_one in zip(*of_lengths.values(), strict=True)
+    ]
 
 
 # --- time ----------------------------------------------------------------------------
@@ -510,18 +568,25 @@ def state_bytes(config: Config) -> int:
 
 def precisions(experiment: Experiment) -> None:
     """Trains with products of lower precision, with the best settings of float32."""
-    best, _ = tuned(only(experiment, *PRECISION_OPTIMIZERS), experiment.lengths[0])
+    best, _ = tuned(only(experiment, "SOAP"), experiment.lengths[0])
     found = of_all_seeds(
         experiment,
         {
-            (label, name): dataclasses.replace(config, **changes)
-            for label, config in best.items()
+            name: dataclasses.replace(best["SOAP"], **changes)
             for name, changes in PRECISIONS.items()
         },
     )
+    losses = {name: [curve.final for curve in found[name]] for name in found}
     rows = [
-        {"optimizer": label, "products": name, **outcome(of_seeds)}
-        for (label, name), of_seeds in found.items()
+        {
+            "products": name,
+            **outcome(of_seeds),
+            "above float32": np.mean(
+                more := np.subtract(losses[name], losses["float32"])
+            ),
+            "by seed": " ".join(f"{difference:.4f}" for difference in more),
+        }
+        for name, of_seeds in found.items()
     ]
     report(rows, experiment.out / "precisions.csv")
 
@@ -579,6 +644,7 @@ def plot_widths(rows: list[dict[str, Any]], path: Path) -> None:
 
 PARTS: dict[str, Callable[[Experiment], None]] = {
     "efficiency": efficiency,
+    "schedules": schedules,
     "time": measure_time,
     "frequency": frequency,
     "batch_size": batch_size,

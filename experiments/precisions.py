@@ -24,6 +24,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import tyro
+from recipes import KL_SOAP
 from results import Row, report, require_known
 
 import soap_optax
@@ -32,9 +33,8 @@ sys.path.append(str(Path(__file__).parent.parent / "examples"))
 import train_lm
 import tuning
 
-RECIPE = {"basis": "current", "factors": "kl"}
 OPTIMIZERS: dict[str, dict[str, Any]] = {
-    "recipe, f=1": {"precondition_frequency": 1, **RECIPE},
+    "recipe, f=1": KL_SOAP,
     **{f"SOAP, f={f}": {"precondition_frequency": f} for f in (1, 10, 100)},
 }
 KEPT = 10

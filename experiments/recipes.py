@@ -5,7 +5,7 @@ Whoever imports this module can train with them: their names are in
 """
 
 import dataclasses
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +15,13 @@ from jax.sharding import Mesh
 from train_lm import Config, make_schedule
 
 import soap_optax
+
+# The options of the recipe for language models, beside Nesterov's momentum.
+KL_SOAP: dict[str, Any] = {
+    "precondition_frequency": 1,
+    "factors": "kl",
+    "basis": "current",
+}
 
 
 def make_soap_muon(config: Config, mesh: Mesh | None) -> optax.GradientTransformation:

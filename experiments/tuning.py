@@ -44,6 +44,7 @@ def base(steps: int) -> Config:
         nesterov=True,
         adam=("embed",),
         diagnose=False,
+        precision="highest",
         **UNTUNED,
     )
 

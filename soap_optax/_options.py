@@ -83,7 +83,7 @@ class FamilyOptions(TypedDict, total=False):
         jax.typing.DTypeLike | None,
         Option(None, _arguments.optional(_arguments.dtype_of_squares)),
     ]
-    precision: Annotated[Any, Option(jax.lax.Precision.HIGHEST, _arguments.precision)]
+    precision: Annotated[Any, Option(jax.lax.Precision.HIGH, _arguments.precision)]
     refresh_precision: Annotated[
         Any, Option(jax.lax.Precision.HIGHEST, _arguments.precision)
     ]

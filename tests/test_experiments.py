@@ -90,6 +90,17 @@ def test_steps_are_saved_seed_by_seed():
     assert np.isnan(tuning.saved(found[:1], [curve(4.0, 3.0, np.nan)]))
 
 
+def test_shorter_trainings_count_by_their_final_losses():
+    of_lengths = {
+        20: [curve(9.0, 2.5), curve(9.0, 1.5)],
+        40: [curve(9.0, 9.0, 2.0, 1.0), curve(9.0, 9.0, 9.0, 1.0)],
+    }
+    found = language_model.by_length(of_lengths)
+    others = [curve(9.0, 9.0, 9.0, 1.75)] * 2
+    # The first seed gets there half way, and the second one with 20 steps or fewer.
+    assert tuning.saved(found, others).tolist() == [0.25, 0.5]
+
+
 def test_runs_are_named_by_their_length_and_what_is_not_as_in_the_others():
     config = dataclasses.replace(BASE, seed=3, learning_rate=0.1)
     assert tuning.name_of(config) == "steps=300,learning_rate=0.1,seed=3"

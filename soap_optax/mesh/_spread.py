@@ -84,11 +84,10 @@ def _shared_axes(leaf: Leaf, refresh_axes: Sequence[str] | None) -> list[str]:
     These are the axes that shard the parameter, because its factors may have copies
     along them, and those of `refresh_axes`, or all axes of the mesh.
     """
-    spec, sizes = _placement.spec_and_sizes(leaf)
+    _, sizes = _placement.spec_and_sizes(leaf)
     if refresh_axes is None:
         return [*sizes]
-    sharded = {name for entry in spec for name in _mesh.names(entry)}
-    return [name for name in sizes if name in {*sharded, *refresh_axes}]
+    return [name for name in sizes if name in {*_sharding_axes(leaf), *refresh_axes}]
 
 
 def _is_local(leaf: Leaf, refresh_axes: Sequence[str]) -> bool:
@@ -99,9 +98,14 @@ def _is_local(leaf: Leaf, refresh_axes: Sequence[str]) -> bool:
     """
     if not _placement.is_aligned(leaf):
         return False
-    spec, sizes = _placement.spec_and_sizes(leaf)
-    sharded = {name for entry in spec for name in _mesh.names(entry)}
-    return all(sizes[name] == 1 for name in refresh_axes if name not in sharded)
+    _, sizes = _placement.spec_and_sizes(leaf)
+    return all(sizes[name] == 1 for name in {*refresh_axes} - _sharding_axes(leaf))
+
+
+def _sharding_axes(leaf: Leaf) -> set[str]:
+    """The mesh axes that shard a parameter whose sharding is known."""
+    spec, _ = _placement.spec_and_sizes(leaf)
+    return {name for entry in spec for name in _mesh.names(entry)}
 
 
 def _slots_by_shards(
