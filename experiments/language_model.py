@@ -24,7 +24,7 @@ import dataclasses
 import functools
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -32,10 +32,10 @@ import jax
 import matplotlib
 import numpy as np
 import tyro
-from recipes import KL_SOAP
 from results import report, require_known
 
 sys.path.append(str(Path(__file__).parent.parent / "examples"))
+from recipes import KL_SOAP
 from train_lm import (
     PUBLISHED,
     Corpus,
@@ -295,8 +295,12 @@ def shares_of_steps(label: str, found: dict[str, Seeds]) -> dict[str, Any]:
     for name in (name for name in BASELINES if name in found):
         shares = saved(found[label], found[name])
         row[f"fewer steps than {name}"] = np.mean(shares)
-        row[f"than {name}, by seed"] = " ".join(f"{share:.3f}" for share in shares)
+        row[f"than {name}, by seed"] = by_seed(shares)
     return row
+
+
+def by_seed(values: Iterable[float]) -> str:
+    return " ".join(f"{value:.3f}" for value in values)
 
 
 def outcome(of_seeds: Seeds) -> dict[str, Any]:
@@ -362,7 +366,12 @@ def schedules(experiment: Experiment) -> None:
         of_lengths[steps] = whole[label]
         found = {**whole, label: by_length(of_lengths)}
         rows += [
-            {"optimizer": label, "steps": length, "final loss": mean(of_seeds)}
+            {
+                "optimizer": label,
+                "steps": length,
+                "final loss": mean(of_seeds),
+                "by seed": by_seed([curve.final for curve in of_seeds]),
+            }
             for length, of_seeds in of_lengths.items()
         ]
         rows[-1] |= shares_of_steps(label, found)
@@ -576,15 +585,16 @@ def precisions(experiment: Experiment) -> None:
             for name, changes in PRECISIONS.items()
         },
     )
-    losses = {name: [curve.final for curve in found[name]] for name in found}
+    losses = {
+        name: np.array([curve.final for curve in of_seeds])
+        for name, of_seeds in found.items()
+    }
     rows = [
         {
             "products": name,
             **outcome(of_seeds),
-            "above float32": np.mean(
-                more := np.subtract(losses[name], losses["float32"])
-            ),
-            "by seed": " ".join(f"{difference:.4f}" for difference in more),
+            "above float32": np.mean(more := losses[name] - losses["float32"]),
+            "above float32, by seed": by_seed(more),
         }
         for name, of_seeds in found.items()
     ]

@@ -24,7 +24,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import tyro
-from recipes import KL_SOAP
 from results import Row, report, require_known
 
 import soap_optax
@@ -32,6 +31,7 @@ import soap_optax
 sys.path.append(str(Path(__file__).parent.parent / "examples"))
 import train_lm
 import tuning
+from recipes import KL_SOAP
 
 OPTIMIZERS: dict[str, dict[str, Any]] = {
     "recipe, f=1": KL_SOAP,

@@ -141,6 +141,8 @@ def soap(
         rounded up or down in turns, so that they follow slow means, too.
       precision: precision of the matrix products of a step, as in `jax.numpy.matmul`:
         those that project gradients and updates, accumulate factors and change bases.
+        The default is float32 on CPU, TensorFloat-32 on GPU and three products of
+        bfloat16 on TPU. `"highest"` is float32 on all of them.
       refresh_precision: precision of the products of factors and eigenbases in a
         refresh. Less than the default can make Rayleigh quotients useless.
       rcond: share of a factor's largest eigenvalue e_max under which a direction counts

@@ -4,6 +4,9 @@ import dataclasses
 import functools
 import itertools
 import math
+import subprocess
+import sys
+from pathlib import Path
 
 import jax
 import language_model
@@ -16,6 +19,23 @@ import train_lm
 import tuning
 from train_lm import Config
 from training import needs_consistent_rms
+
+ROOT = Path(__file__).parent.parent
+COMMANDS = [
+    path
+    for folder in ("benchmarks", "examples", "experiments")
+    for path in sorted((ROOT / folder).glob("*.py"))
+    if "__main__" in path.read_text()
+]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("path", COMMANDS, ids=lambda path: path.name)
+def test_every_command_starts_alone(path):
+    """The tests have all folders in their path, and would not miss one there."""
+    command = [sys.executable, path, "--help"]
+    found = subprocess.run(command, check=True, capture_output=True, text=True)
+    assert "usage:" in found.stdout
 
 
 def one_row(value):
