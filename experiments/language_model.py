@@ -130,9 +130,6 @@ PRECISIONS: dict[str, dict[str, Any]] = {
     "float32": {},
     "TF32": {"precision": "TF32_TF32_F32"},
     "three terms of bfloat16": {"precision": "BF16_BF16_F32_X3"},
-    "TF32 in refreshes, too": dict.fromkeys(
-        ("precision", "refresh_precision"), "TF32_TF32_F32"
-    ),
     "bfloat16": {"precision": "BF16_BF16_F32"},
 }
 WIDTHS = {64: "width-64", 128: "tiny", 256: "width-256"}
@@ -598,7 +595,7 @@ def precisions(experiment: Experiment) -> None:
         }
         for name, of_seeds in found.items()
     ]
-    report(rows, experiment.out / "precisions.csv")
+    report(rows, experiment.out / "precision_losses.csv")
 
 
 # --- widths --------------------------------------------------------------------------

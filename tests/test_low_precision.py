@@ -98,6 +98,19 @@ LOW = {
 }
 
 
+def precisions(**options):
+    """Those of all products in the program of an update."""
+    tx, params = soap_optax.soap(1e-2, **options), jnp.ones((4, 3))
+    jaxpr = jax.make_jaxpr(tx.update)(params, tx.init(params), params)
+    return set(re.findall(r"Precision\.(\w+)", str(jaxpr)))
+
+
+def test_products_of_refreshes_alone_are_the_most_precise_there_are():
+    assert precisions(precision="highest") == {"HIGHEST"}
+    assert precisions() == {"HIGH", "HIGHEST"}
+    assert precisions(refresh_precision="default") == {"DEFAULT", "HIGH", "HIGHEST"}
+
+
 @pytest.mark.parametrize("scale", [1, 1e-5])
 @pytest.mark.parametrize(("gradients", "precond_dtype"), LOW.values(), ids=LOW)
 def test_no_steps_into_the_null_space(gradients, precond_dtype, scale):
