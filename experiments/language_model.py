@@ -582,19 +582,18 @@ def precisions(experiment: Experiment) -> None:
             for name, changes in PRECISIONS.items()
         },
     )
-    losses = {
-        name: np.array([curve.final for curve in of_seeds])
-        for name, of_seeds in found.items()
-    }
-    rows = [
-        {
-            "products": name,
-            **outcome(of_seeds),
-            "above float32": np.mean(more := losses[name] - losses["float32"]),
-            "above float32, by seed": by_seed(more),
-        }
-        for name, of_seeds in found.items()
-    ]
+    rows = []
+    for name, of_seeds in found.items():
+        pairs = zip(of_seeds, found["float32"], strict=True)
+        above = [one.final - exact.final for one, exact in pairs]
+        rows.append(
+            {
+                "products": name,
+                **outcome(of_seeds),
+                "above float32": np.mean(above),
+                "above float32, by seed": by_seed(above),
+            }
+        )
     report(rows, experiment.out / "precision_losses.csv")
 
 

@@ -24,7 +24,11 @@ part() {
 }
 
 part "$out" efficiency --lengths 300
-part "$out/two_lengths" efficiency --lengths 300 1200 --optimizers NAdamW Muon SOAP &
+{
+	part "$out/two_lengths" efficiency --lengths 300 1200 \
+		--optimizers NAdamW Muon SOAP SOAP-Muon &&
+		part "$out/two_lengths" schedules
+} &
 running=$!
 for name in frequency ablations batch_size widths; do
 	part "$out" $name &
