@@ -12,7 +12,7 @@ table and writes it, with a plot, to `--out`:
 
     efficiency  counts the steps of each optimizer to the final losses of others
     schedules   counts the steps of shorter trainings that end at others' final losses
-    time        measures whole steps, and counts the time to NAdamW's final loss
+    time        measures whole steps, and counts the time to the final losses of others
     frequency   shows the final loss against the steps between refreshes
     batch_size  counts the steps to NAdamW's final loss in batches of different sizes
     ablations   shows what each option of SOAP costs and brings
@@ -111,6 +111,10 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "blocks of 64": ("SOAP", {"block_size": 64}),
     "one-sided, Shampoo's factor": ("SOAP", _ONE_SIDED),
     "factors in bfloat16": ("SOAP", {"precond_dtype": "bfloat16"}),
+    "blocks of 64, factors in bfloat16": (
+        "SOAP",
+        {"block_size": 64, "precond_dtype": "bfloat16"},
+    ),
     "factorized": ("SOAP", {"factorized": True}),
     "one-sided, Shampoo's factor, factorized": (
         "SOAP",
@@ -312,6 +316,15 @@ def outcome(of_seeds: Seeds) -> dict[str, Any]:
     }
 
 
+def above(name: str, of_seeds: Seeds, others: Seeds | None) -> dict[str, Any]:
+    """How much higher the final losses are than others' of the same seeds."""
+    if others is None:
+        return {}
+    pairs = zip(of_seeds, others, strict=True)
+    losses = [one.final - other.final for one, other in pairs]
+    return {f"above {name}": np.mean(losses), f"above {name}, by seed": by_seed(losses)}
+
+
 def plot_efficiency(found: dict[int, dict[str, Seeds]], path: Path) -> None:
     """Draws the mean loss of the seeds of each optimizer, a panel for each length."""
     figure, panels = plt.subplots(1, len(found), figsize=(5 * len(found), 4))
@@ -408,12 +421,14 @@ def measure_time(experiment: Experiment) -> None:
         {
             "optimizer": label,
             "seconds per step": median[label],
-            "to NAdamW's": (ratio := median[label] / median["NAdamW"]),
+            "to NAdamW's": median[label] / median["NAdamW"],
             **{
-                f"less time than NAdamW in {length} steps": less_time(
-                    found[label], found["NAdamW"], ratio
+                f"less time than {name} in {length} steps": less_time(
+                    found[label], found[name], median[label] / median[name]
                 )
                 for length, found in share.items()
+                for name in BASELINES
+                if name in found
             },
         }
         for label in best
@@ -551,13 +566,15 @@ def ablations(experiment: Experiment) -> None:
         label: dataclasses.replace(best[optimizer], **changes)
         for label, (optimizer, changes) in variants.items()
     }
+    found = with_best_rates(experiment, starts)
     rows = [
         {
             "variant": label,
             **outcome(of_seeds),
+            **above("unchanged", of_seeds, found.get(VARIANTS[label][0])),
             "state bytes": state_bytes(of_seeds[0].config),
         }
-        for label, of_seeds in with_best_rates(experiment, starts).items()
+        for label, of_seeds in found.items()
     ]
     report(rows, experiment.out / "ablations.csv")
 
@@ -582,18 +599,14 @@ def precisions(experiment: Experiment) -> None:
             for name, changes in PRECISIONS.items()
         },
     )
-    rows = []
-    for name, of_seeds in found.items():
-        pairs = zip(of_seeds, found["float32"], strict=True)
-        above = [one.final - exact.final for one, exact in pairs]
-        rows.append(
-            {
-                "products": name,
-                **outcome(of_seeds),
-                "above float32": np.mean(above),
-                "above float32, by seed": by_seed(above),
-            }
-        )
+    rows = [
+        {
+            "products": name,
+            **outcome(of_seeds),
+            **above("float32", of_seeds, found["float32"]),
+        }
+        for name, of_seeds in found.items()
+    ]
     report(rows, experiment.out / "precision_losses.csv")
 
 
