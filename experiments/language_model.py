@@ -106,14 +106,16 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "Shampoo's factors": ("SOAP", {"factors": "shampoo"}),
     "previous basis": ("SOAP", {"basis": "previous"}),
     "f=10": ("SOAP", {"precondition_frequency": 10}),
+    "f=10, staggered": ("SOAP", {"precondition_frequency": 10, "stagger": True}),
+    "identity start": ("SOAP", {"initial_basis": "identity"}),
     "update RMS 0.2": ("SOAP", {"update_rms": 0.2}),
     "eigh": ("SOAP", {"refresh": "eigh"}),
     "blocks of 64": ("SOAP", {"block_size": 64}),
     "one-sided, Shampoo's factor": ("SOAP", _ONE_SIDED),
     "factors in bfloat16": ("SOAP", {"precond_dtype": "bfloat16"}),
-    "blocks of 64, factors in bfloat16": (
+    "f=10, factors in bfloat16": (
         "SOAP",
-        {"block_size": 64, "precond_dtype": "bfloat16"},
+        {"precondition_frequency": 10, "precond_dtype": "bfloat16"},
     ),
     "factorized": ("SOAP", {"factorized": True}),
     "one-sided, Shampoo's factor, factorized": (
