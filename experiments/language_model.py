@@ -14,7 +14,7 @@ table and writes it, with a plot, to `--out`:
     schedules   counts the steps of shorter trainings that end at others' final losses
     time        measures whole steps, and counts the time to the final losses of others
     frequency   shows the final loss against the steps between refreshes
-    batch_size  counts the steps to NAdamW's final loss in batches of different sizes
+    batch_size  counts the steps to final losses of others for different sizes of batch
     ablations   shows what each option of SOAP costs and brings
     widths      shows the best learning rate of models of different widths
     precisions  shows what products of lower precision cost, which a CPU emulates
@@ -319,7 +319,10 @@ def outcome(of_seeds: Seeds) -> dict[str, Any]:
 
 
 def above(name: str, of_seeds: Seeds, others: Seeds | None) -> dict[str, Any]:
-    """How much higher the final losses are than others' of the same seeds."""
+    """How much higher the final losses are than others' of the same seeds.
+
+    There are no columns where the others were not trained.
+    """
     if others is None:
         return {}
     pairs = zip(of_seeds, others, strict=True)

@@ -140,7 +140,7 @@ def soap(
         float64. None means the dtype of the computation. Factors in bfloat16 are
         rounded up or down in turns, so that they follow slow means, too. But directions
         whose eigenvalues are below 1/500 of the largest are round-off in them, and a
-        language model lost much by it. Take `block_size` before.
+        language model lost much by it. Try `block_size` first.
       precision: precision of the matrix products of a step, as in `jax.numpy.matmul`:
         those that project gradients and updates, accumulate factors and change bases.
         The default is float32 on CPU, TensorFloat-32 on GPU and three products of
