@@ -80,4 +80,4 @@ def test_recipe(title, code):
 
 
 def test_all_recipes_are_found():
-    assert len(RECIPES) == PAGE.read_text().count("```python") == 11
+    assert len(RECIPES) == PAGE.read_text().count("```python") == 12
