@@ -45,6 +45,28 @@ def loss_fn(params):
     return losses.mean()
 
 
+def run(title, code):
+    """The names that a recipe defines."""
+    names = {}
+    exec(compile(code, title, "exec"), names)
+    return names
+
+
+def train(tx, params):
+    """The parameters after 30 steps, and the losses before the first and after each."""
+
+    @jax.jit
+    def step(params, state):
+        updates, state = tx.update(jax.grad(loss_fn)(params), state, params)
+        return optax.apply_updates(params, updates), state
+
+    state, losses = tx.init(params), [float(loss_fn(params))]
+    for _ in range(30):
+        params, state = step(params, state)
+        losses.append(float(loss_fn(params)))
+    return params, losses
+
+
 @pytest.mark.parametrize(
     ("title", "code"),
     [
@@ -58,25 +80,24 @@ def loss_fn(params):
     ],
 )
 def test_recipe(title, code):
-    names = {}
-    exec(compile(code, title, "exec"), names)
+    names = run(title, code)
     if title == "Ensembles":
         assert names["updates"]["w"].shape == (5, 8, 4)
         return
-    tx, params = names["tx"], make_params()
-    first, state = loss_fn(params), tx.init(params)
-
-    @jax.jit
-    def step(params, state):
-        updates, state = tx.update(jax.grad(loss_fn)(params), state, params)
-        return optax.apply_updates(params, updates), state
-
-    losses = []
-    for _ in range(30):
-        params, state = step(params, state)
-        losses.append(float(loss_fn(params)))
+    _, losses = train(names["tx"], make_params())
     assert np.all(np.isfinite(losses))
-    assert losses[-1] < first
+    assert losses[-1] < losses[0]
+
+
+def test_matrices_on_spheres_keep_their_norms():
+    title = "SOAP on spheres"
+    start = make_params()
+    params, _ = train(run(title, dict(RECIPES)[title])["tx"], start)
+    for name in ("kernel", "lora_a", "lora_b"):
+        before, after = start["layer"][name], params["layer"][name]
+        norms = [np.linalg.norm(matrix) for matrix in (before, after)]
+        np.testing.assert_allclose(*norms, rtol=1e-5, atol=1e-10)
+    assert not np.allclose(start["layer"]["kernel"], params["layer"]["kernel"])
 
 
 def test_all_recipes_are_found():
