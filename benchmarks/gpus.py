@@ -81,8 +81,10 @@ ROWS = (
     "soap",
     "blocks 512",
     "bf16 mu",
-    "bf16 factors",
-    "bf16 mu, factors, blocks 512",
+    "bf16 eigenbases",
+    "packed",
+    "packed, bf16 eigenbases",
+    "packed, bf16 mu and eigenbases, blocks 512",
     "one-sided",
 )
 # Equal layers may be one stack: three matrices, and their biases, which are a vector.

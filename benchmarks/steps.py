@@ -103,9 +103,16 @@ ROWS: dict[str, Callable[[], optax.GradientTransformation]] = {
     "tolerance 0.1": lambda: soap(refresh_tolerance=0.1),
     "one-sided": lambda: soap(one_sided=True),
     "bf16 mu": lambda: soap(mu_dtype=jnp.bfloat16),
-    "bf16 factors": lambda: soap(precond_dtype=jnp.bfloat16),
-    "bf16 mu, factors, blocks 512": lambda: soap(
-        mu_dtype=jnp.bfloat16, precond_dtype=jnp.bfloat16, block_size=512
+    "bf16 eigenbases": lambda: soap(precond_dtype=jnp.bfloat16),
+    "packed": lambda: soap(pack_factors=True),
+    "packed, bf16 eigenbases": lambda: soap(
+        pack_factors=True, precond_dtype=jnp.bfloat16
+    ),
+    "packed, bf16 mu and eigenbases, blocks 512": lambda: soap(
+        pack_factors=True,
+        mu_dtype=jnp.bfloat16,
+        precond_dtype=jnp.bfloat16,
+        block_size=512,
     ),
 }
 

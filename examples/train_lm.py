@@ -203,7 +203,9 @@ class Config:
     """The size of SOAP's and Shampoo's updates; `soap_optax.soap` explains it."""
     stagger: bool = False
     precond_dtype: Literal["bfloat16"] | None = None
-    """The dtype of factors and eigenbases; None is float32."""
+    """The dtype of eigenbases; None is float32, which factors always have."""
+    pack_factors: bool = False
+    """Whether to store one triangle of each factor."""
     precision: str = "high"
     """The precision of the products of SOAP and Shampoo in a step."""
     refresh_precision: str = "highest"
@@ -780,6 +782,7 @@ def eigenbasis_options(config: Config, mesh: Mesh | None) -> dict[str, Any]:
         "factors": config.factors,
         "stagger": config.stagger,
         "precond_dtype": config.precond_dtype,
+        "pack_factors": config.pack_factors,
         "precision": config.precision,
         "refresh_precision": config.refresh_precision,
         "dimension_numbers": matrices(config.adam),

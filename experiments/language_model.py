@@ -112,10 +112,14 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "eigh": ("SOAP", {"refresh": "eigh"}),
     "blocks of 64": ("SOAP", {"block_size": 64}),
     "one-sided, Shampoo's factor": ("SOAP", _ONE_SIDED),
-    "factors in bfloat16": ("SOAP", {"precond_dtype": "bfloat16"}),
-    "f=10, factors in bfloat16": (
+    "eigenbases in bfloat16": ("SOAP", {"precond_dtype": "bfloat16"}),
+    "f=10, eigenbases in bfloat16": (
         "SOAP",
         {"precondition_frequency": 10, "precond_dtype": "bfloat16"},
+    ),
+    "eigenbases in bfloat16, packed factors": (
+        "SOAP",
+        {"precond_dtype": "bfloat16", "pack_factors": True},
     ),
     "factorized": ("SOAP", {"factorized": True}),
     "one-sided, Shampoo's factor, factorized": (

@@ -5,7 +5,7 @@ Whoever imports this module can train with them: their names are in
 """
 
 import dataclasses
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -79,37 +79,23 @@ def make_soap_spheres(
     return beside_adam(config, optax.chain(scaled, on_spheres(schedule)))
 
 
-class SpheresState(NamedTuple):
-    """The number of steps, and the first norm of each matrix."""
-
-    count: jax.Array
-    radius: optax.Params
-
-
-def on_spheres(learning_rate: optax.Schedule) -> optax.GradientTransformation:
+def on_spheres(learning_rate: optax.ScalarOrSchedule) -> optax.GradientTransformation:
     """Moves matrices W with updates U to R n(W - learning rate R n(U)).
 
-    n divides by the Frobenius norm, and R is the first norm of W. Axes before the last
-    two count matrices. Source: arXiv 2606.16899.
+    n divides by the Frobenius norm, and R is the norm of W. Axes before the last two
+    count matrices. Source: arXiv 2606.16899.
     """
 
     def norm(x):
-        return jnp.linalg.norm(x, axis=(-2, -1), keepdims=True)
+        return jnp.linalg.norm(x, axis=(-2, -1), keepdims=True) + 1e-12
 
-    def init(params):
-        return SpheresState(jnp.zeros([], jnp.int32), jax.tree.map(norm, params))
-
-    def update(updates, state, params=None):
-        rate = learning_rate(state.count)
-
-        def move(update, param, radius):
-            ahead = param - rate * radius * update / (norm(update) + 1e-12)
-            return radius * ahead / (norm(ahead) + 1e-12) - param
-
-        moved = jax.tree.map(move, updates, params, state.radius)
-        return moved, SpheresState(state.count + 1, state.radius)
-
-    return optax.GradientTransformation(init, update)
+    return optax.chain(
+        optax.stateless_with_tree_map(lambda u, p: u * (norm(p) / norm(u))),
+        optax.scale_by_learning_rate(learning_rate),
+        optax.stateless_with_tree_map(
+            lambda u, p: (p + u) * (norm(p) / norm(p + u)) - p
+        ),
+    )
 
 
 def in_eigenbasis(

@@ -163,7 +163,7 @@ PRECISIONS = ("precision", "refresh_precision")
 LOW_PRECISION: dict[str, dict[str, Any]] = {
     "bfloat16 gradients": {"dtype": jnp.bfloat16},
     "float16 gradients": {"dtype": jnp.float16},
-    "bfloat16 factors": {"precond_dtype": jnp.bfloat16},
+    "bfloat16 eigenbases": {"precond_dtype": jnp.bfloat16},
     "all in bfloat16": {"dtype": jnp.bfloat16, "precond_dtype": jnp.bfloat16},
     "products of TensorFloat-32": dict.fromkeys(PRECISIONS, "TF32_TF32_F32"),
     "products of bfloat16": dict.fromkeys(PRECISIONS, "BF16_BF16_F32"),
@@ -171,7 +171,7 @@ LOW_PRECISION: dict[str, dict[str, Any]] = {
 
 
 def low_precision() -> Iterator[Row]:
-    """Null-space shares where gradients, factors or operands have few digits."""
+    """Null-space shares where gradients, eigenbases or operands have few digits."""
     for (size, rank), (name, low) in itertools.product(
         ((64, 4), (256, 16)), LOW_PRECISION.items()
     ):
@@ -203,26 +203,6 @@ def round_off() -> Iterator[Row]:
                     "median share": np.median(shares),
                     "largest share": max(shares),
                 }
-
-
-def stored_means(decays: tuple[float, ...] = (0.95, 0.99, 0.999)) -> Iterator[Row]:
-    """How far factors in bfloat16 are from those in float32."""
-    gradients: dict[str, Gradient] = {
-        "constant": lambda key, step: normal(key, 0),
-        "noisy": normal,
-        "period 13": lambda key, step: normal(key, step % 13),
-    }
-    for decay, (name, gradient) in itertools.product(decays, gradients.items()):
-        steps = int(4 / (1 - decay))
-        factors = [
-            np.asarray(simulation(tx, gradient, steps)(0)[1].factors[0], np.float64)
-            for tx in (
-                soap_optax.scale_by_soap(b2=decay, precond_dtype=dtype)
-                for dtype in (jnp.bfloat16, jnp.float32)
-            )
-        ]
-        error = np.linalg.norm(factors[0] - factors[1]) / np.linalg.norm(factors[1])
-        yield {"b2": decay, "gradients": name, "steps": steps, "error": error}
 
 
 def loss(seeds: tuple[int, ...] = (0, 1, 2)) -> Iterator[Row]:
@@ -429,7 +409,7 @@ def drift(marks: tuple[int, ...] = (1_000, 10_000, 100_000)) -> Iterator[Row]:
         "f=10": {},
         "f=100": {"precondition_frequency": 100},
         "f=10, eigh": {"refresh": "eigh"},
-        "f=10, bfloat16 factors": {"precond_dtype": jnp.bfloat16},
+        "f=10, bfloat16 eigenbases": {"precond_dtype": jnp.bfloat16},
     }.items():
         tx = soap_optax.soap(1e-3, **options)
         advance = jax.jit(functools.partial(turning_quadratic, tx), static_argnums=2)
@@ -530,7 +510,6 @@ PARTS: dict[str, Callable[[], Iterator[Row]]] = {
     "bad_gradients": bad_gradients,
     "round_off": round_off,
     "low_precision": low_precision,
-    "stored_means": stored_means,
     "spikes": spikes,
     "drift": drift,
     "rare_rows": rare_rows,

@@ -143,19 +143,6 @@ def floating_dtype(name: str, value: Any) -> None:
     require(name, value, rule, _bits(name, value) >= 16)
 
 
-def dtype_of_squares(name: str, value: Any) -> None:
-    """A rule for real floating-point dtypes with the range of float32.
-
-    The squares of gradients of 1e-5 are zero in float16. Arrays break the rule.
-    """
-    rule = (
-        "None, bfloat16, float32 or float64, because it stores squares of gradients, "
-        "which need the range of float32"
-    )
-    is_wide = _bits(name, value) >= 16 and jnp.dtype(value) != jnp.float16
-    require(name, value, rule, is_wide)
-
-
 def _bits(name: str, value: Any) -> int:
     """The bits of a real floating-point dtype, or 0 for anything else."""
     static(name, value)

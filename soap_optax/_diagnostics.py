@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from soap_optax import _arguments
+from soap_optax import _arguments, _triangles
 from soap_optax._state import EigenbasisState
 from soap_optax.mesh import _mesh
 from soap_optax.refresh import _methods, _stacks
@@ -97,6 +97,7 @@ def _diagnose(*of_factor: Any, refreshes: jax.Array, precision: Any) -> Diagnost
     """The figures of one factor, from the factor, its eigenbasis and its `skipped`."""
     factor, eigenbasis, skipped = (_array(x) for x in of_factor)
     factor, eigenbasis = map(_mesh.with_whole_rows, (factor, eigenbasis))
+    factor = _triangles.whole(factor, eigenbasis.shape[-1])
     condition, off_diagonal = _methods.quality(factor, eigenbasis, precision)
     method, request = _methods.QR(), _methods.RefreshRequest(precision=precision)
     refreshed = _stacks.refresh_one(factor, eigenbasis, method, request)

@@ -153,6 +153,7 @@ def make_transformation(
         for leaf in plan.leaves:
             _placement.warn_of_cut_blocks(leaf)
             _placement.check_refresh_axes(leaf, options["refresh_axes"])
+            _placement.check_packing(leaf, options["pack_factors"])
         _placement.note_unknown_shardings(plan.leaves, options["params_sharding"])
         state = _state.start(plan, options, None)
         transformation = inner.make(plan.leaves, state.eigenvalues)
@@ -171,7 +172,7 @@ def make_transformation(
         if params is not None:
             params = _tree.flatten_params(plan, params)
         run = _Update(plan, options, inner, params, extra_args)
-        old = _state.listed(plan, state)
+        old = _state.listed(plan, options, state)
         run.check(old)
         if options["basis"] == "current":
             new = run.accumulate(old)
@@ -254,7 +255,9 @@ class _Update:
     extra_args: dict[str, Any]
 
     def check(self, state: EigenbasisState) -> None:
-        """Raises a `ValueError` if the inner state does not fit the updates."""
+        """Raises a `ValueError` if the state does not fit the updates."""
+        for leaf in self.plan.leaves:
+            _placement.check_packing(leaf, self.options["pack_factors"])
         transformation = self.inner.make(self.plan.leaves, state.eigenvalues)
         _moments.check_shapes(
             state.inner_state,
@@ -362,7 +365,6 @@ class _Update:
                 gradients,
                 leaf.layout,
                 weight,
-                state.count,
                 precision,
             )
             factors.append(list(map(_mesh.placed, new, _placement.of_factors(leaf))))
@@ -522,7 +524,7 @@ class _Update:
         )
 
     def _round_off(self, leaf: Leaf, gradient: jax.Array, eigenbases: Any) -> RoundOff:
-        """Which eigenvalues count as round-off; factors have the bases' dtypes."""
+        """Which eigenvalues count as round-off."""
         given: Any = self.options["rcond"]
         if given is not None:
             return RoundOff(given)

@@ -16,6 +16,9 @@ from soap_optax.mesh import _mesh, _placement
 from soap_optax.parameters import _tree
 from soap_optax.parameters._tree import Leaf
 
+# The least epsilon. Programs may take smaller numbers near the end of float32 for 0.
+_LEAST_EPS = 1e-30
+
 
 class FactorizedAdamState(NamedTuple):
     """State of `scale_by_factorized_adam`.
@@ -82,16 +85,15 @@ def settings_of_adam(
 
 
 def nonzero(eps: Any) -> Any:
-    """Raises an epsilon of 0 to the smallest number that is normal in float32.
+    """Raises an epsilon of 0 to `_LEAST_EPS`.
 
     Adam then divides no 0 by 0 where gradients are 0. `optax.inject_hyperparams` gives
     hyperparameters the dtype of the parameters, and float16 rounds the default to 0.
     """
-    tiny = float(jnp.finfo(jnp.float32).tiny)
     if isinstance(eps, jax.Array):
         wide = eps.astype(jnp.promote_types(eps.dtype, jnp.float32))
-        return jnp.maximum(wide, tiny)
-    return max(float(eps), tiny)
+        return jnp.maximum(wide, _LEAST_EPS)
+    return max(float(eps), _LEAST_EPS)
 
 
 def scale_by_adam(

@@ -39,6 +39,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from soap_optax import _triangles
 from soap_optax._dtypes import at_least_float32, widest
 from soap_optax.mesh import _mesh
 from soap_optax.parameters._layout import Layout
@@ -114,16 +115,13 @@ def accumulate(
     gradients: Sequence[jax.Array],
     layout: Layout,
     weight: jax.typing.ArrayLike,
-    count: jax.typing.ArrayLike,
     precision: Any,
 ) -> list[jax.Array | None]:
     """Moves each factor by `weight` towards the Gram matrix of its gradient.
 
-    A factor that is stored in less than float32 is rounded so that the errors of many
-    steps, which `count` numbers, cancel out (see `_rounded`).
-
-    A block of a gradient that is not finite, or whose energy overflows the dtype of the
-    factor, leaves the factor of the block as it is.
+    Factors may be packed (see `_triangles`). A block of a gradient that is not finite,
+    or whose energy overflows the dtype of the factor, leaves the factor of the block as
+    it is.
     """
 
     def one(
@@ -133,8 +131,9 @@ def accumulate(
             return None
         blocks = _blocks(gradient, factor, layout)
         gram = _gram(blocks, axis, factor, layout.grid, precision)
-        mean = _mean(factor.astype(gram.dtype), gram, weight)
-        mean = _rounded(mean, factor.dtype, count)
+        if gram.shape != factor.shape:
+            gram = _triangles.pack(gram)
+        mean = _mean(factor.astype(gram.dtype), gram, weight).astype(factor.dtype)
         # The energy is the trace of the Gram matrix, which bounds its entries. The
         # comparison is false for NaN.
         energy = _energy(blocks, layout)
@@ -346,7 +345,7 @@ class BasisChange:
     """
 
     raises: jax.typing.ArrayLike
-    precision: Any = jax.lax.Precision.HIGHEST
+    precision: Any
 
 
 def change_basis(
@@ -648,25 +647,6 @@ def _where_blocks(
 def _mean(old: jax.Array, new: jax.Array, weight: jax.typing.ArrayLike) -> jax.Array:
     weight = jnp.asarray(weight, new.dtype)
     return (1 - weight) * old + weight * new
-
-
-def _rounded(array: jax.Array, dtype: Any, count: jax.typing.ArrayLike) -> jax.Array:
-    """Rounds a moving average to a dtype, and to bfloat16 up or down in turns.
-
-    To round it to the nearest number would stop it where a step moves it by less than
-    half a unit in the last place: bfloat16 has 8 binary digits, and the weight of a
-    step can be below 2^-8. A share of a unit is therefore added to the magnitude, and
-    what lies below the last place is cut off. The shares of successive steps are the
-    multiples of the golden ratio, modulo 1, which fill the interval evenly. So the
-    nearer an entry is to the number above it, the more often it is rounded to it. No
-    random numbers are needed, and equal entries stay equal.
-    """
-    if dtype != jnp.bfloat16:
-        return array.astype(dtype)
-    bits = jax.lax.bitcast_convert_type(array.astype(jnp.float32), jnp.uint32)
-    share = (jnp.asarray(count, jnp.uint32) * 40503) & 0xFFFF  # 40503 is 2^16 / 1.618.
-    kept = ((bits + share) >> 16).astype(jnp.uint16)
-    return jax.lax.bitcast_convert_type(kept, jnp.bfloat16)
 
 
 def _blocks(array: jax.Array, like: jax.Array, layout: Layout) -> jax.Array:

@@ -81,8 +81,9 @@ class FamilyOptions(TypedDict, total=False):
     ]
     precond_dtype: Annotated[
         jax.typing.DTypeLike | None,
-        Option(None, _arguments.optional(_arguments.dtype_of_squares)),
+        Option(None, _arguments.optional(_arguments.floating_dtype)),
     ]
+    pack_factors: Annotated[bool, Option(False, _arguments.flag)]
     precision: Annotated[Any, Option(jax.lax.Precision.HIGH, _arguments.precision)]
     refresh_precision: Annotated[
         Any, Option(jax.lax.Precision.HIGHEST, _arguments.precision)

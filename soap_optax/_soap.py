@@ -136,11 +136,11 @@ def soap(
       initial_basis: `"eigh"`, as published, or `"identity"`, with which the first step
         refreshes the identity by `refresh`, so that with `"qr"` or `"cholesky_qr"` the
         program contains no `eigh`.
-      precond_dtype: dtype of the stored factors and eigenbases: bfloat16, float32 or
-        float64. None means the dtype of the computation. Factors in bfloat16 are
-        rounded up or down in turns, so that they follow slow means, too. But directions
-        whose eigenvalues are below 1/500 of the largest are round-off in them, and a
-        language model lost much by it. Try `block_size` first.
+      precond_dtype: dtype in which eigenbases are stored, of at least 16 bits. Factors
+        are stored in it, too, if it has at least 32 bits, and in float32 if not, as
+        squares of gradients need the digits. None means the dtype of the computation.
+      pack_factors: whether to store one triangle of each factor, in half of the memory
+        and with all digits. No block may be cut across devices then.
       precision: precision of the matrix products of a step, as in `jax.numpy.matmul`:
         those that project gradients and updates, accumulate factors and change bases.
         The default is float32 on CPU, TensorFloat-32 on GPU and three products of

@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from soap_optax import _triangles
 from soap_optax._dtypes import widest
 from soap_optax._options import EigenbasisOptions
 from soap_optax.mesh import _mesh, _placement
@@ -36,7 +37,8 @@ class EigenbasisState(NamedTuple):
       count: number of steps taken, int32 scalar. It decides when refreshes are due.
       refreshes: number of refreshes that were due, int32 scalar. With `stagger`, one
         round over all parameters counts once.
-      factors: Shampoo's factors, `[grid…, b, b]`.
+      factors: Shampoo's factors, `[grid…, b, b]`, in at least float32. With
+        `pack_factors` they are `[grid…, 2h + 1, h]`, where h is half of b, rounded up.
       eigenbases: orthonormal matrices whose columns are eigenvectors, `[grid…, b, b]`.
       eigenvalues: estimates of the factors' eigenvalues, `[grid…, b]`, in the order of
         the columns. A refresh sets them, and between refreshes they follow the
@@ -63,7 +65,7 @@ class _PerFactor(NamedTuple):
       shape: gives the array's shape from that of the factor, `[grid…, b, b]`.
       shardings: gives the array's sharding for each axis of a parameter.
       start: makes the array of the first state from its shape and the dtype in which
-        factors are stored.
+        eigenbases are stored.
     """
 
     shape: Callable[[tuple[int, ...]], tuple[int, ...]]
@@ -84,7 +86,7 @@ def _zero_counts(shape: tuple[int, ...], _: Any) -> jax.Array:
 
 
 _FIELDS = {
-    "factors": _PerFactor(lambda shape: shape, _placement.of_factors, jnp.zeros),
+    "factors": _PerFactor(lambda shape: shape, _placement.of_factors, _wide_zeros),
     "eigenbases": _PerFactor(lambda shape: shape, _placement.of_factors, _identity),
     "eigenvalues": _PerFactor(
         lambda shape: shape[:-1], _placement.of_vectors, _wide_zeros
@@ -93,6 +95,14 @@ _FIELDS = {
         lambda shape: (*shape[:-2], 1), _placement.of_vectors, _zero_counts
     ),
 }
+
+
+def _fields(options: EigenbasisOptions) -> dict[str, _PerFactor]:
+    """What the state holds for each factor."""
+    if not options["pack_factors"]:
+        return _FIELDS
+    packed = _FIELDS["factors"]._replace(shape=_triangles.packed_shape)
+    return _FIELDS | {"factors": packed}
 
 
 def start(
@@ -113,7 +123,7 @@ def start(
 
     lists = {
         name: [of_leaf(leaf, field) for leaf in plan.leaves]
-        for name, field in _FIELDS.items()
+        for name, field in _fields(options).items()
     }
     return EigenbasisState(
         count=jnp.zeros([], jnp.int32),
@@ -129,7 +139,9 @@ def nested(plan: Plan, state: EigenbasisState) -> EigenbasisState:
     return state._replace(**fields)
 
 
-def listed(plan: Plan, state: EigenbasisState) -> EigenbasisState:
+def listed(
+    plan: Plan, options: EigenbasisOptions, state: EigenbasisState
+) -> EigenbasisState:
     """Inverts `nested`.
 
     Raises:
@@ -139,7 +151,7 @@ def listed(plan: Plan, state: EigenbasisState) -> EigenbasisState:
     fields = {name: _tree.find(plan.leaves, getattr(state, name)) for name in _FIELDS}
     for i, leaf in enumerate(plan.leaves):
         factors = leaf.layout.factor_shapes()
-        for name, field in _FIELDS.items():
+        for name, field in _fields(options).items():
             wanted = tuple(None if s is None else field.shape(s) for s in factors)
             shapes = tuple(None if x is None else x.shape for x in fields[name][i])
             if shapes != wanted:

@@ -336,7 +336,7 @@ def test_what_fails_in_a_batch_stays_and_the_others_go_on(name, slots):
         [None] * 3,
         METHODS[name],
         RefreshRequest(),
-        BasisChange(True),
+        BasisChange(True, "highest"),
         slots,
     )
     new = refresh.run(jax.tree.map(lambda x: x, bases), Due.between(0, len(slots)))

@@ -269,7 +269,7 @@ def test_shampoo_of_power_one_half_is_adafactor_in_its_eigenbasis():
     factors = [jnp.zeros((m, m)), jnp.zeros((n, n))]
     for t, grad in enumerate(grads):
         factors = _kronecker.accumulate(
-            factors, [grad] * 2, layout, 1 / (t + 1), t, HIGHEST
+            factors, [grad] * 2, layout, 1 / (t + 1), HIGHEST
         )
     eigh, request = soap_optax.Eigh(), RefreshRequest()
     new = [_stacks.refresh_one(f, jnp.eye(len(f)), eigh, request) for f in factors]

@@ -52,7 +52,7 @@ def test_project_back_inverts_project(block_size):
 def test_accumulate_is_the_mean_of_gram_matrices():
     gradient = normal(4, 3, 2)
     factors = [normal(4, 4, seed=1), None, normal(2, 2, seed=2)]
-    new = _kronecker.accumulate(factors, [gradient] * 3, layout(4, 3, 2), 0.25, 0, None)
+    new = _kronecker.accumulate(factors, [gradient] * 3, layout(4, 3, 2), 0.25, None)
     rows = gradient.reshape(4, 6)
     np.testing.assert_allclose(new[0], 0.75 * factors[0] + 0.25 * rows @ rows.T)
     assert new[1] is None

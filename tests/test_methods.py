@@ -102,8 +102,9 @@ def test_refresh_of_zero_and_of_bfloat16(method):
     new, eigenvalues = refresh(jnp.zeros((4, 4)), jnp.eye(4), method, None)
     np.testing.assert_allclose(new.T @ new, np.eye(4), atol=1e-15)
     np.testing.assert_array_equal(eigenvalues, 0)
-    factor = jnp.eye(4, dtype=jnp.bfloat16)
-    new, eigenvalues = refresh(factor, factor, method, None)
+    basis = jnp.eye(4, dtype=jnp.bfloat16)
+    factor = basis.astype(jnp.float32)
+    new, eigenvalues = refresh(factor, basis, method, None)
     assert new.dtype == jnp.bfloat16
     assert eigenvalues.dtype == jnp.float32
 

@@ -206,7 +206,7 @@ def test_raised_second_moments():
 
     def change(raises):
         (turned,), _ = _kronecker.change_basis(
-            moments, old, new, take, layout, _kronecker.BasisChange(raises)
+            moments, old, new, take, layout, _kronecker.BasisChange(raises, "highest")
         )
         return turned
 

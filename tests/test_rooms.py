@@ -14,6 +14,7 @@ PACKAGE = Path(soap_optax.__file__).parent
 ROOMS = {
     "_arguments": set(),
     "_dtypes": set(),
+    "_triangles": set(),
     "mesh._mesh": {"_arguments"},
     "refresh._methods": {"_arguments", "_dtypes"},
     "refresh._members": set(),
@@ -21,7 +22,7 @@ ROOMS = {
     "_options": {"_arguments", "refresh._methods"},
     "parameters._layout": {"_options", "mesh._mesh"},
     "parameters._tree": {"_arguments", "_options", "mesh._mesh", "parameters._layout"},
-    "_kronecker": {"_dtypes", "mesh._mesh", "parameters._layout"},
+    "_kronecker": {"_dtypes", "_triangles", "mesh._mesh", "parameters._layout"},
     "mesh._placement": {
         "_arguments",
         "mesh._mesh",
@@ -36,6 +37,7 @@ ROOMS = {
     "refresh._stacks": {
         "_dtypes",
         "_kronecker",
+        "_triangles",
         "mesh._mesh",
         "parameters._layout",
         "refresh._clock",
@@ -56,6 +58,7 @@ ROOMS = {
     "_state": {
         "_dtypes",
         "_options",
+        "_triangles",
         "mesh._mesh",
         "mesh._placement",
         "parameters._tree",
@@ -105,6 +108,7 @@ ROOMS = {
     "_diagnostics": {
         "_arguments",
         "_state",
+        "_triangles",
         "mesh._mesh",
         "refresh._methods",
         "refresh._stacks",

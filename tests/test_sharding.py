@@ -138,6 +138,11 @@ CASES = {
     ),
     "cut, not shared": (CUT, {"block_size": 8, "refresh_axes": ()}),
     "bf16": (UNBLOCKED, {"precond_dtype": jnp.bfloat16, "mu_dtype": jnp.bfloat16}),
+    "packed": (ALIGNED, {"block_size": 4, "pack_factors": True}),
+    "packed and shared": (
+        ALIGNED,
+        {"block_size": 2, "refresh_axes": ("d",), "pack_factors": True},
+    ),
 }
 IN_EVERY_RUN = {
     ("aligned", "2d", AxisType.Explicit),
@@ -146,6 +151,8 @@ IN_EVERY_RUN = {
     ("factorized", "2d", AxisType.Explicit),
     ("shampoo", "3d", AxisType.Auto),
     ("shared", "3d", AxisType.Auto),
+    ("packed", "2d", AxisType.Explicit),
+    ("packed and shared", "3d", AxisType.Auto),
 }
 
 

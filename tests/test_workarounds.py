@@ -11,7 +11,8 @@ Some workarounds have no such test:
 |---|---|
 | `_eigenbasis`: a barrier beside blocks | XLA copied first moments in bfloat16 on GPU \
 only. No public issue is known. The column `copied_mb` of `make gpu-check` shows it: \
-without the barrier it is not 0 in the row `bf16 mu, factors, blocks 512`. |
+without the barrier it is not 0 in the row `packed, bf16 mu and eigenbases, blocks \
+512`. |
 | `tests`: donated buffers are compared up to rounding | XLA is free to round \
 differently in another program. No small program is known that shows it; \
 `test_resume.py::test_donated_buffers` compares both. |

@@ -263,6 +263,18 @@ def check_refresh_axes(leaf: Leaf, refresh_axes: Sequence[str] | None) -> None:
     _arguments.require("refresh_axes", refresh_axes, rule, holds)
 
 
+def check_packing(leaf: Leaf, pack_factors: bool) -> None:
+    """Raises a `ValueError` if factors are to be packed that are cut across devices."""
+    is_cut = any(s is not None and s.spec[-2] is not None for s in of_factors(leaf))
+    rule = (
+        f"False where factors are cut across devices, as those of {leaf.name}; a "
+        "block_size whose blocks fit the shards cuts none"
+    )
+    _arguments.require(
+        "pack_factors", pack_factors, rule, not (pack_factors and is_cut)
+    )
+
+
 def warn_of_cut_blocks(leaf: Leaf) -> None:
     """Warns if blocks of a parameter are cut."""
     if leaf.sharding is None:

@@ -336,7 +336,8 @@ class SpreadRefresh:
             none = functools.partial(_zeros_like_result, bring)
             bring = self._if_due(exchange.slot, due, bring, none)
             factor, brought = bring(factors, bases)
-            layouts.append(layout_of_factors(*factor.shape[:2]))
+            [eigenbases], *_ = brought
+            layouts.append(layout_of_factors(*eigenbases.shape[:2]))
             all_factors.append([factor])
             mine = Bases(*([*a, b] for a, b in zip(mine, brought, strict=True)))
         refresh = Refresh(
@@ -506,7 +507,8 @@ def _exchanges(
         for i in members
         for axis, sharding in enumerate(_placement.of_factors(leaves[i]))
         if sharding is not None
-        for kind, count in [_kind(factors[i][axis], sharding, axes_of[i])]
+        for shape in [leaves[i].layout.factor_shapes()[axis]]
+        for kind, count in [_kind(shape, factors[i][axis].dtype, sharding, axes_of[i])]
         for number in range(count)
     ]
     sizes = _mesh_of(leaves).shape
@@ -557,11 +559,11 @@ def _give_to_idlest(
 
 
 def _kind(
-    factor: jax.Array, sharding: _mesh.NamedSharding, shared: Sequence[str]
+    shape: Any, dtype: Any, sharding: _mesh.NamedSharding, shared: Sequence[str]
 ) -> tuple[_Kind, int]:
     """The kind of the matrices of a factor, and how many of them a device has."""
     *grid, rows, _ = map(_mesh.names, sharding.spec)
     used = {*rows, *(name for entry in grid for name in entry)}
     copies = tuple(name for name in shared if name not in used)
-    *count, _, size = sharding.shard_shape(factor.shape)
-    return _Kind(size, factor.dtype, rows, copies), math.prod(count)
+    *count, _, size = sharding.shard_shape(shape)
+    return _Kind(size, dtype, rows, copies), math.prod(count)

@@ -19,10 +19,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from soap_optax import _arguments
-from soap_optax._dtypes import at_least_float32, coarsest_eps, widest
+from soap_optax._dtypes import at_least_float32, coarsest_eps
 
 # An eigenvalue is round-off up to this many machine epsilons, as a share of the largest
-# one: those of the computation, and those of coarser rounding of a factor's entries.
+# one: those of the factor, and those of coarser rounding of its entries in products.
 _NULL, _COARSE_NULL = 10, 0.25
 # Cholesky-QR adds a trace of so many machine epsilons, and stops after so many passes.
 _TRACE, _PASSES = 2, 8
@@ -95,7 +95,7 @@ class RefreshMethod(abc.ABC):
         """Refreshes a batch of eigenbases.
 
         Args:
-          factors: factors, `[n, ..., b, b]`.
+          factors: factors, `[n, ..., b, b]`, in at least float32.
           eigenbases: eigenbases of these factors, `[n, ..., b, b]`.
           wanted: whether each eigenbasis is to be refreshed, `[n, ...]`.
           request: what else is asked of the method.
@@ -222,8 +222,8 @@ def power_step(factors: jax.Array, eigenbases: jax.Array, precision: Any) -> Pow
       eigenbases: matrices Q with orthonormal columns, `[..., b, b]`.
       precision: precision of the product M Q.
     """
-    matrix, basis = at_least_float32(factors), at_least_float32(eigenbases)
-    products = jnp.einsum("...ki,...kl->...il", basis, matrix, precision=precision)
+    basis = at_least_float32(eigenbases)
+    products = jnp.einsum("...ki,...kl->...il", basis, factors, precision=precision)
     basis = _transposed(basis)
     quotients = jnp.sum(basis * products, axis=-1)
     largest = jnp.max(quotients, axis=-1, keepdims=True)
@@ -377,7 +377,7 @@ def _eigenvectors(
     Round-off decides which null eigenvectors are found. A null one is therefore
     replaced by the row of the identity that belongs where `_ranked` will put it.
     """
-    matrix = at_least_float32(factors) / step.largest[..., None]
+    matrix = factors / step.largest[..., None]
     values, vectors = (x[..., ::-1] for x in jnp.linalg.eigh(matrix))
     is_null = values <= step.null_share * values[..., :1]
     columns = jnp.arange(order.shape[-1], dtype=order.dtype)
@@ -461,15 +461,13 @@ def _norm(matrix: jax.Array) -> jax.Array:
 def _null_share(factors: jax.Array, precision: Any) -> jax.Array:
     """The share of the largest eigenvalue up to which an eigenvalue is round-off.
 
-    Entries of the factors are rounded to the dtype in which they are stored and, in
-    products, as the precision says. Where this is coarser than the dtype of the
-    computation, a smaller multiple of it suffices, because the errors of many entries
-    cancel out.
+    Where products round the entries of the factors more coarsely than the dtype of the
+    factors does, a smaller multiple of this suffices, because the errors of many
+    entries cancel out.
     """
-    dtype = widest(jnp.float32, factors.dtype)
-    of_dtype = _NULL * float(jnp.finfo(dtype).eps)
+    of_dtype = _NULL * float(jnp.finfo(factors.dtype).eps)
     eps = coarsest_eps(factors.dtype, precisions=[precision])
-    return jnp.maximum(of_dtype, _COARSE_NULL * eps).astype(dtype)
+    return jnp.maximum(of_dtype, _COARSE_NULL * eps).astype(factors.dtype)
 
 
 def _take_rows(matrix: jax.Array, indices: jax.Array) -> jax.Array:

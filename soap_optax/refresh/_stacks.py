@@ -1,9 +1,11 @@
 """Refreshes all eigenbases: the factors of one size together, in bounded memory.
 
 A *unit* is the factor `[grid…, b, b]` of one axis of one parameter. It holds one matrix
-for each block of the parameter. The parameters are divided into *slots* of about equal
-cost. The slots are refreshed one after the other in one step or, if they are staggered,
-in steps of their own (see `_clock`). The refresh of a slot has three parts:
+for each block of the parameter. If factors are packed, it has their shape until a chunk
+of them is refreshed (see `_triangles`). The parameters are divided into *slots* of
+about equal cost. The slots are refreshed one after the other in one step or, if they
+are staggered, in steps of their own (see `_clock`). The refresh of a slot has three
+parts:
 
     gather    copies the factors of each size into one *stack* `[height, b, b]`, and
               their eigenbases into another one
@@ -29,7 +31,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from soap_optax import _kronecker
+from soap_optax import _kronecker, _triangles
 from soap_optax._dtypes import at_least_float32
 from soap_optax._kronecker import BasisChange
 from soap_optax.mesh import _mesh
@@ -231,11 +233,12 @@ class Refresh:
             for i in members:
                 for axis, factor in enumerate(self.factors[i]):
                     if factor is not None and not _mesh.may_be_spread(factor):
+                        shape: Any = self.layouts[i].factor_shapes()[axis]
                         of_kind = units.setdefault(
-                            _kind(factor), [[] for _ in self.slots]
+                            _kind(factor, shape), [[] for _ in self.slots]
                         )
                         of_kind[slot].append((i, axis))
-                        shapes[i, axis] = factor.shape
+                        shapes[i, axis] = shape
         return [Stack(of_kind, shapes) for of_kind in units.values()]
 
     def _gather(
@@ -309,7 +312,7 @@ def refresh_one(
     request: RefreshRequest,
     is_due: Any = True,
 ) -> Refreshed:
-    """Refreshes the eigenbasis of one factor `[grid…, b, b]` and keeps its sharding."""
+    """Refreshes the eigenbasis `[grid…, b, b]` of one factor and keeps its sharding."""
 
     def run(
         factor: jax.Array, eigenbasis: jax.Array, request: RefreshRequest, is_due: Any
@@ -318,7 +321,7 @@ def refresh_one(
             factors, bases = to_stack(factor), to_stack(eigenbasis)
             wanted = jnp.ones_like(factors[..., 0, 0], bool) & is_due
             new = _refresh_stack(method, request, factors, bases, wanted)
-            return _in_grid(new, factor.shape)
+            return _in_grid(new, eigenbasis.shape)
 
         block_by_block = functools.partial(in_stack, _flat)
         if not _mesh.may_be_spread(factor):
@@ -344,9 +347,9 @@ def _switch(index: Any, branches: Sequence[Any], *operands: Any) -> Any:
     return jax.lax.switch(index, branches, *operands)
 
 
-def _kind(factor: jax.Array) -> Any:
+def _kind(factor: jax.Array, shape: tuple[int, ...]) -> Any:
     """The type of one matrix of a factor. Factors of one kind can be stacked."""
-    return jax.typeof(jnp.zeros_like(factor, shape=factor.shape[-2:]))
+    return jax.typeof(jnp.zeros_like(factor, shape=shape[-2:]))
 
 
 def _flat(array: jax.Array) -> jax.Array:
@@ -445,7 +448,7 @@ def _by_chunks(
     factors, eigenbases, wanted = stacks
     request = jax.tree.map(lambda x: _per_matrix(x, wanted), request)
     zeros = jnp.zeros_like(at_least_float32(eigenbases[..., 0, :]))
-    matrix = factors[0].size * zeros.dtype.itemsize
+    matrix = eigenbases[0].size * zeros.dtype.itemsize
     chunk = max(1, min(len(factors), _CHUNK_BYTES // matrix))
     none = jnp.zeros_like(zeros[..., 0], bool)
     old = Refreshed(eigenbases, zeros, is_new=none, is_kept=none)
@@ -535,7 +538,8 @@ def _refresh_left(
     left = wanted & ~done.is_new & ~done.is_kept
 
     def refresh(done: Refreshed) -> Refreshed:
-        new = method.refresh(factors, done.eigenbases, left, request)
+        matrices = _triangles.whole(factors, done.eigenbases.shape[-1])
+        new = method.refresh(matrices, done.eigenbases, left, request)
         bases = new.eigenbases.astype(done.eigenbases.dtype)
         has_values = new.is_new | new.is_kept
         return Refreshed(
