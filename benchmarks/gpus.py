@@ -111,6 +111,8 @@ class Check:
 
     preset: str = "360m"
     rows: tuple[str, ...] = ROWS
+    whole: tuple[str, ...] = ("adamw", "soap", "packed, bf16 eigenbases")
+    """The rows for which the whole training step is compiled, too."""
     batch: int = 8
     """How many sequences a training step has; it computes in bfloat16."""
     out: Path = Path("runs/gpus")
@@ -136,24 +138,26 @@ def compiled(jitted: Any, *args: Any) -> tuple[float, Any]:
 
 
 def row_of(name: str, check: Check, sharding: jax.sharding.Sharding) -> dict[str, Any]:
+    """The update of one optimizer and, if it is asked for, its whole training step."""
     config, tx = check.config, steps.ROWS[name]()
     model = train_lm.make_model(config)
     init = functools.partial(train_lm.first_state, model, tx)
     state = on_gpu(jax.eval_shape(init, jax.random.key(0)), sharding)
+    row = {
+        "optimizer": name,
+        **update_row(tx, state),
+        "batch": config.batch,
+        "context": config.context,
+    }
+    if name not in check.whole:
+        return row | {"step_peak_mb": None, "step_compile_s": None}
     tokens = jax.ShapeDtypeStruct((1, config.batch, config.context + 1), jnp.int32)
     step = train_lm.jit_step(config, model, state)
     seconds, program = compiled(step, state, on_gpu(tokens, sharding))
     memory = programs.memory_of(program)
     peak = memory.argument_size_in_bytes + memory.temp_size_in_bytes
     peak += memory.output_size_in_bytes - memory.alias_size_in_bytes
-    return {
-        "optimizer": name,
-        **update_row(tx, state),
-        "batch": config.batch,
-        "context": config.context,
-        "step_peak_mb": peak / 1e6,
-        "step_compile_s": seconds,
-    }
+    return row | {"step_peak_mb": peak / 1e6, "step_compile_s": seconds}
 
 
 def update_row(tx: Any, state: Any) -> dict[str, Any]:

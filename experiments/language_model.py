@@ -117,10 +117,6 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
         "SOAP",
         {"precondition_frequency": 10, "precond_dtype": "bfloat16"},
     ),
-    "eigenbases in bfloat16, packed factors": (
-        "SOAP",
-        {"precond_dtype": "bfloat16", "pack_factors": True},
-    ),
     "factorized": ("SOAP", {"factorized": True}),
     "one-sided, Shampoo's factor, factorized": (
         "SOAP",

@@ -101,4 +101,4 @@ def test_matrices_on_spheres_keep_their_norms():
 
 
 def test_all_recipes_are_found():
-    assert len(RECIPES) == PAGE.read_text().count("```python") == 12
+    assert len(RECIPES) == PAGE.read_text().count("```python") == 13
