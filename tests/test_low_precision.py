@@ -139,12 +139,11 @@ def test_no_steps_into_the_null_space_with_options(options):
     assert np.median(reliability.null_shares(64, 4, 1e-3, None, **low)) <= 0.005
 
 
-def test_a_basis_that_has_to_be_found_first():
-    """A badly conditioned first gradient; the third refresh has found the basis."""
-    low = {"dtype": "float32", "precond_dtype": jnp.bfloat16}
-    shares = reliability.null_shares(256, 16, 1, None, **low)
-    assert np.median(shares[10:20]) <= 0.01
-    assert np.median(shares[20:]) <= 0.003
+@pytest.mark.parametrize(("dtype", "first"), [(None, 10), (jnp.bfloat16, 0)])
+def test_a_basis_that_has_to_be_found_first(dtype, first):
+    """A badly conditioned first gradient; in float32 the second refresh finds it."""
+    shares = reliability.null_shares(256, 16, 1, None, precond_dtype=dtype)
+    assert np.max(shares[first:]) <= 0.003
 
 
 @pytest.mark.parametrize("products", ["all", "of steps", "of refreshes"])
@@ -220,7 +219,7 @@ def test_the_first_update_with_stored_bfloat16():
     assert np.sum(updates[0] * updates[1]) > 0.95
 
 
-# --- stored means that move ----------------------------------------------------------
+# --- factors keep their digits --------------------------------------------------------
 
 
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
