@@ -29,6 +29,7 @@ os.environ.setdefault("JAX_TRACEBACK_IN_LOCATIONS_LIMIT", "0")
 
 import hypothesis
 import jax
+import pytest
 
 jax.config.update("jax_enable_x64", True)
 jax.config.update("jax_numpy_rank_promotion", "raise")
@@ -38,3 +39,11 @@ hypothesis.settings.register_profile("slow", hypothesis.settings())
 # Tracing makes many objects, and hardly any of them is garbage.
 gc.freeze()
 gc.set_threshold(20_000)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def forgotten_programs():
+    """A compiled program holds maps of memory, of which Linux allows 65,530."""
+    yield
+    jax.clear_caches()
+    gc.collect()

@@ -4,6 +4,7 @@ import functools
 import math
 import re
 
+import cases
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -50,8 +51,8 @@ def decompositions(compiled):
     return sorted(t for t in targets if re.search("geqrf|syev|potrf", t.lower()))
 
 
-@pytest.mark.parametrize("count", [pytest.param(1, marks=pytest.mark.slow), 5])
-@pytest.mark.parametrize("stagger", [False, True])
+@pytest.mark.parametrize("count", [*cases.slow(1), 5])
+@pytest.mark.parametrize("stagger", [*cases.slow(False), True])
 @pytest.mark.parametrize("refresh", METHODS)
 def test_one_decomposition_for_each_size(refresh, stagger, count):
     compiled, _ = program(
@@ -65,7 +66,7 @@ def test_one_decomposition_for_each_size(refresh, stagger, count):
         assert sum(kind in name.lower() for name in found) == 2
 
 
-@pytest.mark.parametrize("platform", ["cuda", "tpu"])
+@pytest.mark.parametrize("platform", ["tpu", *cases.slow("cuda")])
 @pytest.mark.parametrize("refresh", METHODS)
 def test_one_decomposition_for_each_size_on_other_platforms(refresh, platform):
     """As far as JAX takes the program there without a device."""
@@ -80,7 +81,7 @@ def test_one_decomposition_for_each_size_on_other_platforms(refresh, platform):
 
 @pytest.mark.parametrize(
     ("size", "batch", "platform"),
-    [(128, 24, "cuda"), (1024, 8, "tpu"), (4096, 1, "cuda")],
+    [(1024, 8, "tpu"), *cases.slow((128, 24, "cuda"), (4096, 1, "cuda"))],
 )
 def test_matrices_go_in_batches_of_32_mb(size, batch, platform, monkeypatch):
     """24 factors, of which a chunk of at most 32 MB is decomposed at one time."""
@@ -125,7 +126,7 @@ def size(shape):
 
 
 @pytest.mark.skipif(jax.__version_info__ < (0, 10), reason="older XLA copies")
-@pytest.mark.parametrize("basis", ["previous", "current"])
+@pytest.mark.parametrize("basis", ["previous", *cases.slow("current")])
 @pytest.mark.parametrize(
     ("options", "eigenbasis"),
     [({}, "[24,24]"), ({"stagger": True}, "[24,24]"), ({"block_size": 8}, "[2,3,8,8]")],
@@ -317,7 +318,9 @@ def test_a_tolerance_of_zero_skips_nothing():
             soap_optax.soap(1e-3, refresh_tolerance=value)
 
 
-@pytest.mark.parametrize("slots", [[[0, 1, 2]], [[0], [1], [2]], [[1, 2], [0]]])
+@pytest.mark.parametrize(
+    "slots", [[[1, 2], [0]], *cases.slow([[0, 1, 2]], [[0], [1], [2]])]
+)
 @pytest.mark.parametrize("name", METHODS)
 def test_what_fails_in_a_batch_stays_and_the_others_go_on(name, slots):
     matrices = [jnp.eye(4) + 0.1, jnp.full((4, 4), jnp.nan), jnp.eye(4) + 0.2]

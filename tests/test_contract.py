@@ -5,6 +5,7 @@ import itertools
 import logging
 import re
 
+import cases
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -38,22 +39,10 @@ OPTIMIZERS = {name: functools.cache(make) for name, make in OPTIMIZERS.items()}
 SHAPES = {"v": (4,), "w": (4, 2), "t": (2, 4, 2), "s": [(), (1, 2)]}
 
 
-# The others are for make test-slow: half of the time of these tests.
-IN_EVERY_RUN = {"soap", "factorized", "shampoo", "lion"}
-DTYPES = [
-    "bfloat16",
-    "float32",
-    pytest.param("float16", marks=pytest.mark.slow),
-    pytest.param("float64", marks=pytest.mark.slow),
-]
+DTYPES = ["bfloat16", *cases.slow("float32", "float16", "float64")]
 
 
-@pytest.fixture(
-    params=[
-        pytest.param(name, marks=[] if name in IN_EVERY_RUN else pytest.mark.slow)
-        for name in OPTIMIZERS
-    ]
-)
+@pytest.fixture(params=cases.some(OPTIMIZERS, {"soap", "shampoo"}))
 def make(request):
     return OPTIMIZERS[request.param]
 
@@ -130,7 +119,8 @@ def test_strict_promotion_of_dtypes():
 
 
 @pytest.mark.parametrize(
-    "options", [{}, {"refresh": "cholesky_qr", "refresh_tolerance": 0.01}]
+    "options",
+    [{}, *cases.slow({"refresh": "cholesky_qr", "refresh_tolerance": 0.01})],
 )
 def test_inside_shard_map(monkeypatch, options):
     """Each device has the state of its own rows; slots with factors of other sizes."""
@@ -303,9 +293,7 @@ def test_gradients_of_another_dtype():
 
 
 # For SOAP, test_other_programs.py has a test without jit in every run.
-@pytest.mark.parametrize(
-    "compiled", [pytest.param(False, marks=pytest.mark.slow), True]
-)
+@pytest.mark.parametrize("compiled", [*cases.slow(False), True])
 def test_float64_of_numpy_without_x64(make, compiled):
     """It is float32, as JAX takes it everywhere; here a warning is an error."""
     with jax.enable_x64(False):
@@ -327,7 +315,8 @@ def test_float64_of_numpy_without_x64(make, compiled):
 WIDTHS = ["float32", "float64"]
 # By default, and in bfloat16 where parameters and gradients differ.
 MIXED_IN_EVERY_RUN = {
-    *itertools.product([None], WIDTHS, WIDTHS),
+    (None, "float32", "float64"),
+    (None, "float64", "float32"),
     ("bfloat16", "float32", "float64"),
     ("bfloat16", "float64", "float32"),
 }
@@ -335,12 +324,10 @@ MIXED_IN_EVERY_RUN = {
 
 @pytest.mark.parametrize(
     ("precond_dtype", "dtype", "grads_dtype"),
-    [
-        pytest.param(*of, marks=[] if of in MIXED_IN_EVERY_RUN else pytest.mark.slow)
-        for of in itertools.product(
-            [None, "bfloat16", "float16", *WIDTHS], WIDTHS, WIDTHS
-        )
-    ],
+    cases.some(
+        itertools.product([None, "bfloat16", "float16", *WIDTHS], WIDTHS, WIDTHS),
+        MIXED_IN_EVERY_RUN,
+    ),
 )
 def test_mixed_dtypes(precond_dtype, dtype, grads_dtype):
     tx = soap_optax.scale_by_soap(precond_dtype=precond_dtype, block_size=2)
@@ -443,12 +430,14 @@ def test_abstract_init(make):
     [
         ({"block_size": 2}, (16, 4), ("x", None)),
         ({"block_size": 4}, (8, 64), (None, "x")),
-        ({"block_size": 4}, (16, 6), ("x", None)),
-        ({"merge_dims": True}, (2, 8, 3), (None, "x", None)),
-        (
-            {"dimension_numbers": soap_optax.DimensionNumbers((1, 2))},
-            (8, 4, 6),
-            ("x", None, None),
+        *cases.slow(
+            ({"block_size": 4}, (16, 6), ("x", None)),
+            ({"merge_dims": True}, (2, 8, 3), (None, "x", None)),
+            (
+                {"dimension_numbers": soap_optax.DimensionNumbers((1, 2))},
+                (8, 4, 6),
+                ("x", None, None),
+            ),
         ),
         (
             {"dimension_numbers": soap_optax.DimensionNumbers(((0, 2), 1))},
@@ -480,11 +469,13 @@ def test_explicit_mesh_with_blocks_and_batch_axes(options, shape, spec):
     ("name", "dtype"),
     [
         ("soap", "float32"),
-        ("lion", "float16"),
-        pytest.param("soap", "float16", marks=pytest.mark.slow),
-        pytest.param("current", "float16", marks=pytest.mark.slow),
-        pytest.param("current", "float32", marks=pytest.mark.slow),
-        pytest.param("lion", "float32", marks=pytest.mark.slow),
+        *cases.slow(
+            ("lion", "float16"),
+            ("soap", "float16"),
+            ("current", "float16"),
+            ("current", "float32"),
+            ("lion", "float32"),
+        ),
     ],
 )
 def test_explicit_mesh_keeps_sharding_types(name, dtype):

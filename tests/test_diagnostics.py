@@ -4,6 +4,7 @@ import dataclasses
 import functools
 from typing import Any
 
+import cases
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -105,7 +106,7 @@ def test_a_moment_along_a_skipped_refresh_stays():
     np.testing.assert_allclose(after.inner_state.mu, moment, rtol=1e-11)
 
 
-@pytest.mark.parametrize("block_size", [2, None])
+@pytest.mark.parametrize("block_size", [2, *cases.slow(None)])
 def test_on_an_explicit_mesh(block_size):
     mesh = jax.make_mesh((8,), ("x",), axis_types=(jax.sharding.AxisType.Explicit,))
     tx = soap_optax.scale_by_soap(block_size=block_size)

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import cases
 import jax
 import language_model
 import members
@@ -226,8 +227,7 @@ run_alone = functools.cache(tuning.run)
     "optimizer",
     [
         pytest.param("soap_muon", marks=needs_consistent_rms),
-        "splus",
-        "soap_spheres",
+        *cases.slow("splus", "soap_spheres"),
     ],
 )
 def test_recipes_train_stacked_layers(optimizer):
@@ -246,20 +246,15 @@ def differing(**changes):
     ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("changes", "rtol"),
     [
         ({"optimizer": "adamw"}, 1e-4),
-        pytest.param(
-            {"optimizer": "muon"}, 1e-4, marks=[needs_consistent_rms, pytest.mark.slow]
-        ),
+        pytest.param({"optimizer": "muon"}, 1e-4, marks=needs_consistent_rms),
         # SOAP's first steps enlarge round-off, and more so in larger blocks. Losses of
         # members that are taken for one another differ by more than a tenth.
-        pytest.param(
-            {"optimizer": "soap", "block_size": 8, "precondition_frequency": 2},
-            1e-2,
-            marks=pytest.mark.slow,
-        ),
+        ({"optimizer": "soap", "block_size": 8, "precondition_frequency": 2}, 1e-2),
     ],
     ids=str,
 )

@@ -2,6 +2,7 @@
 
 import functools
 
+import cases
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -53,8 +54,8 @@ def assert_equal(actual, expected):
     jax.tree.map(np.testing.assert_array_equal, actual, expected)
 
 
-@pytest.mark.parametrize("jit", [False, True])
-@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize("jit", [*cases.slow(False), True])
+@pytest.mark.parametrize("dtype", ["float32", *cases.slow("float64")])
 @pytest.mark.parametrize("name", INNERS)
 def test_in_eigenbasis(name, dtype, jit):
     inner = INNERS[name]()

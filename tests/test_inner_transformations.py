@@ -13,6 +13,7 @@ import re
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import cases
 import equinox as eqx
 import flax.linen as nn
 import jax
@@ -517,7 +518,12 @@ def run(tx, params, gradients=GRADS):
 
 @pytest.mark.parametrize(
     ("kind", "container"),
-    [*((kind, "dict") for kind in OWN), *(("dict", c) for c in list(CONTAINERS)[1:])],
+    [
+        ("named tuple", "dict"),
+        ("dict", "module"),
+        *cases.slow(*((kind, "dict") for kind in list(OWN)[1:])),
+        *cases.slow(*(("dict", name) for name in list(CONTAINERS)[1:-1])),
+    ],
 )
 def test_own_adam(kind, container):
     params = CONTAINERS[container](jnp.asarray(PARAM))
@@ -540,7 +546,9 @@ WRAPPERS = {
 }
 
 
-@pytest.mark.parametrize("wrapper", WRAPPERS)
+@pytest.mark.parametrize(
+    "wrapper", cases.some(WRAPPERS, {"partition", "inject_hyperparams"})
+)
 def test_own_adam_in_a_wrapper(wrapper):
     wrap, params = WRAPPERS[wrapper], CONTAINERS["dict"](jnp.asarray(PARAM))
     own = wrap(own_adam(*OWN["named tuple"]))

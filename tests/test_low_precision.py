@@ -2,6 +2,7 @@
 
 import re
 
+import cases
 import emulation
 import jax
 import jax.numpy as jnp
@@ -112,7 +113,7 @@ def test_products_of_refreshes_alone_are_the_most_precise_there_are():
     assert precisions(refresh_precision="default") == {"DEFAULT", "HIGH", "HIGHEST"}
 
 
-@pytest.mark.parametrize("scale", [1, 1e-5])
+@pytest.mark.parametrize("scale", [1, *cases.slow(1e-5)])
 @pytest.mark.parametrize(("gradients", "precond_dtype"), LOW.values(), ids=LOW)
 def test_no_steps_into_the_null_space(gradients, precond_dtype, scale):
     """Most of the published algorithm's update is there."""
@@ -127,10 +128,9 @@ def test_no_steps_into_the_null_space(gradients, precond_dtype, scale):
     "options",
     [
         {"precondition_frequency": 1},
-        {"refresh": "eigh"},
-        {"refresh": "cholesky_qr"},
-        {"basis": "current"},
         {"factors": "kl"},
+        *cases.slow({"refresh": "eigh"}, {"refresh": "cholesky_qr"}),
+        *cases.slow({"basis": "current"}),
     ],
     ids=str,
 )
@@ -146,7 +146,7 @@ def test_a_basis_that_has_to_be_found_first(dtype, first):
     assert np.max(shares[first:]) <= 0.003
 
 
-@pytest.mark.parametrize("products", ["all", "of steps", "of refreshes"])
+@pytest.mark.parametrize("products", ["all", *cases.slow("of steps", "of refreshes")])
 @pytest.mark.parametrize("precision", ["TF32_TF32_F32", "BF16_BF16_F32"])
 def test_no_steps_into_the_null_space_with_rounded_products(precision, products):
     low = {"dtype": "float32"}

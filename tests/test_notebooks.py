@@ -3,6 +3,7 @@
 import os
 from pathlib import Path
 
+import cases
 import nbformat
 import pytest
 from nbclient import NotebookClient
@@ -13,11 +14,7 @@ every = pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 # The others are for make test-slow.
 few = pytest.mark.parametrize(
     "path",
-    [
-        pytest.param(path, marks=[] if path.stem == "quickstart" else pytest.mark.slow)
-        for path in NOTEBOOKS
-    ],
-    ids=lambda path: path.stem,
+    cases.named({path.stem: path for path in NOTEBOOKS}, "quickstart"),
 )
 
 

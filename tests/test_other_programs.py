@@ -11,6 +11,7 @@ import re
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import cases
 import equinox as eqx
 import flax.core
 import flax.struct
@@ -55,12 +56,8 @@ def make_tx(name, **options):
 
 def of_makes(*names):
     """Runs a test with several optimizers; all but SOAP are for make test-slow."""
-
-    def one(name):
-        marks = [] if name == names[0] else pytest.mark.slow
-        return pytest.param(functools.partial(make_tx, name), id=name, marks=marks)
-
-    return pytest.mark.parametrize("make", list(map(one, names)))
+    makes = {name: functools.partial(make_tx, name) for name in names}
+    return pytest.mark.parametrize("make", cases.named(makes, names[0]))
 
 
 soap, both, every = of_makes("soap"), of_makes("soap", "shampoo"), of_makes(*MAKES)

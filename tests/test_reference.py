@@ -1,5 +1,6 @@
 """Against the NumPy reference, where the golden trajectories do not reach."""
 
+import cases
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -56,7 +57,7 @@ def assert_same(actual, expected, tolerance=1e-8):
 @pytest.mark.parametrize("basis", ["previous", "current"])
 @pytest.mark.parametrize("refresh", ["qr", "eigh"])
 @pytest.mark.parametrize("initial_basis", ["eigh", "identity"])
-@pytest.mark.parametrize("shape", [(5, 5), (3, 5, 4)])
+@pytest.mark.parametrize("shape", [*cases.slow([5, 5]), [3, 5, 4]], ids=str)
 def test_bases(basis, refresh, initial_basis, shape):
     options = {"basis": basis, "refresh": refresh, "initial_basis": initial_basis}
     grads = gradients(*shape)
@@ -215,7 +216,7 @@ def test_max_precond_dim():
 
 @pytest.mark.parametrize("basis", ["previous", "current"])
 @pytest.mark.parametrize("factorized", [False, True])
-@pytest.mark.parametrize("factors", ["shampoo", "kl"])
+@pytest.mark.parametrize("factors", [*cases.slow("shampoo"), "kl"])
 def test_nesterov_and_eps_root(basis, factorized, factors):
     grads = gradients(5, 5)
     options = {"basis": basis, "factorized": factorized, "factors": factors}

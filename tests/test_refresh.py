@@ -6,6 +6,7 @@ import functools
 from pathlib import Path
 from typing import Any
 
+import cases
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -89,7 +90,7 @@ def gradients_with_multiples():
     return [few, many, np.ones((SIZE, 3)), np.eye(SIZE)[:, :1], dead]
 
 
-@pytest.mark.parametrize("decompose", [None, True])
+@pytest.mark.parametrize("decompose", [None, *cases.slow(True)])
 @pytest.mark.parametrize("start", STARTS)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("method", METHODS)
@@ -169,7 +170,7 @@ def test_what_fails_stays_in_a_batch(method):
     assert np.isfinite(bases).all() and np.isfinite(after).all()
 
 
-@pytest.mark.parametrize("initial", [False, True])
+@pytest.mark.parametrize("initial", [*cases.slow(False), True])
 @pytest.mark.parametrize("tolerance", [None, 1e-3])
 @pytest.mark.parametrize("method", METHODS)
 def test_chunks_are_as_if_alone(method, tolerance, initial):

@@ -3,6 +3,7 @@
 import functools
 import itertools
 
+import cases
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -64,8 +65,6 @@ OPTIONS = {
 
 IN_EVERY_RUN = {
     ("nan", "defaults"),
-    ("1e30", "defaults"),
-    ("1e-42", "defaults"),
     ("1e10 and 1e-10 in turn", "defaults"),
     ("1e6 spikes of rank one", "defaults"),
     ("rank one", "defaults"),
@@ -74,10 +73,7 @@ IN_EVERY_RUN = {
 
 @pytest.mark.parametrize(
     ("gradients", "options"),
-    [
-        pytest.param(*of, marks=[] if of in IN_EVERY_RUN else pytest.mark.slow)
-        for of in itertools.product(reliability.BAD_GRADIENTS, OPTIONS)
-    ],
+    cases.some(itertools.product(reliability.BAD_GRADIENTS, OPTIONS), IN_EVERY_RUN),
 )
 def test_ten_thousand_steps(gradients, options):
     """Factors and eigenbases survive everything, updates are bounded and go on."""
@@ -135,7 +131,7 @@ def test_the_default_bound():
     np.testing.assert_allclose(cosine, 1, rtol=1e-5)
 
 
-@pytest.mark.parametrize("shape", [(64, 64), (32, 48)])
+@pytest.mark.parametrize("shape", [*cases.slow([64, 64]), [32, 48]], ids=str)
 @pytest.mark.parametrize("spectrum", [0, 3])
 @pytest.mark.parametrize(
     "options",
@@ -171,14 +167,16 @@ def test_the_first_update_where_gradients_are_alike(options, spectrum, shape):
     "options",
     [
         {},
-        {"precondition_frequency": 1},
-        {"max_precond_dim": 8},
-        {"basis": "current"},
         {"factors": "kl", "precondition_frequency": 3},
-        {"block_size": 4},
-        {"stagger": True},
         {"b1": 0.9, "b2": 0.999},
-        {"merge_dims": True, "precondition_1d": True},
+        *cases.slow(
+            {"precondition_frequency": 1},
+            {"max_precond_dim": 8},
+            {"basis": "current"},
+            {"block_size": 4},
+            {"stagger": True},
+            {"merge_dims": True, "precondition_1d": True},
+        ),
     ],
     ids=str,
 )
@@ -269,8 +267,8 @@ def test_zero_nans_before():
     assert np.isfinite(updates).all()
 
 
-@pytest.mark.parametrize("scale", [1, 1e-3, 1e-5])
-@pytest.mark.parametrize(("size", "rank"), [(64, 4), (256, 16)])
+@pytest.mark.parametrize("scale", [1, *cases.slow(1e-3), 1e-5])
+@pytest.mark.parametrize(("size", "rank"), [(64, 4), *cases.slow((256, 16))])
 def test_no_steps_into_the_null_space(size, rank, scale):
     """In float32; without the mend most of the update is there at scale 1."""
     shares = functools.partial(reliability.null_shares, make=scale_by_soap)

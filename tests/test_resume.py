@@ -3,6 +3,7 @@
 import functools
 import itertools
 
+import cases
 import flax.serialization
 import jax
 import jax.numpy as jnp
@@ -31,10 +32,7 @@ EVERY = [
     for values in itertools.product(*OPTIONS.values())
 ]
 FEW = [DEFAULTS, OTHERS, {**DEFAULTS, "block_size": 2, "mu_dtype": jnp.bfloat16}]
-CASES = [
-    pytest.param(options, id=str(i), marks=[] if options in FEW else pytest.mark.slow)
-    for i, options in enumerate(EVERY)
-]
+CASES = cases.some(EVERY, FEW)
 
 PARAMS = {
     "w": jnp.ones((4, 6), jnp.float32),
@@ -122,7 +120,7 @@ def test_resume_of_others(tx, tmp_path):
         assert_equal(run(step, *restored, range(SAVED, STEPS)), expected)
 
 
-@pytest.mark.parametrize("options", FEW, ids=range(len(FEW)))
+@pytest.mark.parametrize("options", cases.some(FEW, FEW[:1]))
 def test_deterministic(options):
     """The same program gives the same bits twice."""
     tx = soap_optax.scale_by_soap(precondition_frequency=2, **options)
@@ -145,7 +143,7 @@ def test_eager_and_jit_agree(basis):
         )
 
 
-@pytest.mark.parametrize("options", FEW, ids=range(len(FEW)))
+@pytest.mark.parametrize("options", cases.some(FEW, FEW[:1]))
 def test_donated_buffers(options):
     """Donation changes nothing, and without it the inputs stay as they are."""
     tx = soap_optax.scale_by_soap(precondition_frequency=2, **options)

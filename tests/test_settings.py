@@ -3,6 +3,7 @@
 import functools
 import re
 
+import cases
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -82,8 +83,8 @@ def others(tree):
 # --- settings of parameters without factors ------------------------------------------
 
 
-@pytest.mark.parametrize("make", MAKERS.values(), ids=MAKERS)
-@pytest.mark.parametrize("nesterov", [False, True])
+@pytest.mark.parametrize("make", cases.named(MAKERS, "soap", "shampoo"))
+@pytest.mark.parametrize("nesterov", [*cases.slow(False), True])
 def test_parameters_without_factors_are_those_of_adamw(make, nesterov):
     """Matrices do not notice."""
     options = {"dimension_numbers": MATRICES, "nesterov": nesterov, "weight_decay": 0.1}
@@ -113,10 +114,16 @@ def test_parameters_without_factors_are_those_of_adamw(make, nesterov):
 @pytest.mark.parametrize(
     ("make", "name"),
     [
-        (make, name)
-        for make in (soap_optax.soap, soap_optax.shampoo)
-        for name in OF_OTHERS
-        if (make, name) != (soap_optax.shampoo, "adam_eps")  # It also grafts.
+        (soap_optax.soap, "adam_eps"),
+        (soap_optax.shampoo, "adam_learning_rate"),
+        *cases.slow(
+            *(
+                (make, name)
+                for name in OF_OTHERS
+                for make in (soap_optax.soap, soap_optax.shampoo)
+                if name != "adam_eps"  # Shampoo also grafts with it.
+            )
+        ),
     ],
 )
 def test_each_setting_alone(make, name):
@@ -178,9 +185,9 @@ def test_bad_settings(make, name, value):
 # --- sizes of updates ----------------------------------------------------------------
 
 
-@pytest.mark.parametrize("make", MAKERS.values(), ids=MAKERS)
-@pytest.mark.parametrize("block_size", [None, 2])
-@pytest.mark.parametrize("scale", [1e-25, 1.0, 1e8])
+@pytest.mark.parametrize("make", cases.named(MAKERS, "soap", "shampoo"))
+@pytest.mark.parametrize("block_size", [*cases.slow(None), 2])
+@pytest.mark.parametrize("scale", [1e-25, *cases.slow(1.0), 1e8])
 def test_update_rms(make, block_size, scale):
     """Each block has the size, and the direction that it has without it."""
     params = {"w": jnp.zeros((4, 6)), "v": jnp.zeros(3)}
@@ -217,7 +224,7 @@ def test_update_rms_comes_in_the_place_of_a_bound():
     np.testing.assert_allclose(np.sqrt(np.mean(np.square(updates))), 0.2, rtol=1e-5)
 
 
-@pytest.mark.parametrize("value", [None, 1e-8])
+@pytest.mark.parametrize("value", [None, *cases.slow(1e-8)])
 def test_the_default_epsilon_of_adam(value):
     given = run_once(soap_optax.shampoo, 0.1, adam_eps=value)
     default = run_once(soap_optax.shampoo, 0.1)

@@ -5,6 +5,7 @@ import functools
 import itertools
 import re
 
+import cases
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -148,10 +149,6 @@ IN_EVERY_RUN = {
     ("aligned", "2d", AxisType.Explicit),
     ("unblocked", "2d", AxisType.Auto),
     ("cut", "1d", AxisType.Explicit),
-    ("factorized", "2d", AxisType.Explicit),
-    ("shampoo", "3d", AxisType.Auto),
-    ("shared", "3d", AxisType.Auto),
-    ("packed", "2d", AxisType.Explicit),
     ("packed and shared", "3d", AxisType.Auto),
 }
 
@@ -159,10 +156,10 @@ IN_EVERY_RUN = {
 @pytest.mark.filterwarnings("ignore:.*blocks cut across shards")
 @pytest.mark.parametrize(
     ("case", "mesh", "kind"),
-    [
-        pytest.param(*of, marks=() if of in IN_EVERY_RUN else pytest.mark.slow)
-        for of in itertools.product(CASES, MESHES, (AxisType.Auto, AxisType.Explicit))
-    ],
+    cases.some(
+        itertools.product(CASES, MESHES, (AxisType.Auto, AxisType.Explicit)),
+        IN_EVERY_RUN,
+    ),
 )
 def test_the_trajectory_is_that_of_one_device(case, mesh, kind):
     parameters, options = CASES[case]
@@ -284,10 +281,7 @@ def train_on(step, carry, parameters, steps):
 @pytest.mark.filterwarnings("ignore:.*blocks cut across shards")
 @pytest.mark.parametrize(
     ("variant", "layout"),
-    [
-        pytest.param(*of, marks=() if of in RESTARTS_IN_EVERY_RUN else pytest.mark.slow)
-        for of in itertools.product(VARIANTS, HALVED)
-    ],
+    cases.some(itertools.product(VARIANTS, HALVED), RESTARTS_IN_EVERY_RUN),
 )
 def test_a_restart_from_a_checkpoint(variant, layout, tmp_path):
     """Bit for bit on the same mesh, and to round-off on another one of 4 devices.
@@ -353,11 +347,13 @@ def first_steps(parameters, mesh, options, folder):
     ("kind", "options"),
     [
         (AxisType.Auto, {"stagger": True, "basis": "current", "weight_decay": 0.1}),
-        (AxisType.Auto, {"refresh": "cholesky_qr", "refresh_tolerance": 0.1}),
-        (AxisType.Auto, {"initial_basis": "identity"}),
-        (AxisType.Auto, {"factorized": True, "factors": "kl"}),
-        (AxisType.Auto, {"optimizer": soap_optax.shampoo, "refresh": "qr"}),
         (AxisType.Explicit, {}),
+        *cases.slow(
+            (AxisType.Auto, {"refresh": "cholesky_qr", "refresh_tolerance": 0.1}),
+            (AxisType.Auto, {"initial_basis": "identity"}),
+            (AxisType.Auto, {"factorized": True, "factors": "kl"}),
+            (AxisType.Auto, {"optimizer": soap_optax.shampoo, "refresh": "qr"}),
+        ),
     ],
 )
 def test_aligned_blocks_need_no_communication(kind, options):
@@ -416,7 +412,9 @@ GATHER, SUM, SEND = "all-gather", "all-reduce", "collective-permute"
 
 
 @pytest.mark.filterwarnings("ignore:.*blocks cut across shards")
-@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit], ids=str)
+@pytest.mark.parametrize(
+    "kind", [AxisType.Auto, *cases.slow(AxisType.Explicit)], ids=str
+)
 @pytest.mark.parametrize(
     ("spec", "options", "step", "refresh"),
     [
@@ -486,7 +484,7 @@ def exchange_owners(parameters, mesh, refresh_axes=None):
 
 
 @pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit], ids=str)
-@pytest.mark.parametrize("options", [{}, {"block_size": 4}], ids=str)
+@pytest.mark.parametrize("options", [{"block_size": 4}, *cases.slow({})], ids=str)
 def test_a_mesh_of_one_device(kind, options):
     devices = jax.devices()[:1]
     mesh = jax.make_mesh(
@@ -549,7 +547,10 @@ PARAMETERS = {
 }
 
 
-@pytest.mark.parametrize("wrapper", [*WRAPPERS, "inject_hyperparams"])
+@pytest.mark.parametrize(
+    "wrapper",
+    cases.some([*WRAPPERS, "inject_hyperparams"], {"partition", "inject_hyperparams"}),
+)
 def test_inside_of_other_transformations(wrapper):
     """The state is made so, and stays so."""
     mesh = make_mesh((2, 2, 2))
@@ -597,9 +598,7 @@ def test_inside_of_other_transformations(wrapper):
     "options",
     [
         {"factors": "kl", "basis": "current"},
-        pytest.param({}, marks=pytest.mark.slow),
-        pytest.param({"factorized": True}, marks=pytest.mark.slow),
-        pytest.param({"optimizer": soap_optax.shampoo}, marks=pytest.mark.slow),
+        *cases.slow({}, {"factorized": True}, {"optimizer": soap_optax.shampoo}),
     ],
     ids=["KL", "SOAP", "factorized", "Shampoo"],
 )

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import cases
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -68,11 +69,13 @@ def losses(config, rows=rows):
     "changes",
     [
         {"optimizer": "soap"},
-        {"optimizer": "shampoo", "factors": "kl"},
-        pytest.param({"optimizer": "shampoo"}, marks=pytest.mark.slow),
         {"optimizer": "adamw"},
         pytest.param({"optimizer": "muon"}, marks=needs_consistent_rms),
-        {"optimizer": "lion"},
+        *cases.slow(
+            {"optimizer": "shampoo"},
+            {"optimizer": "shampoo", "factors": "kl"},
+            {"optimizer": "lion"},
+        ),
     ],
 )
 def test_every_optimizer_trains(changes):
@@ -91,9 +94,7 @@ EXPERTS = dataclasses.replace(
 )
 
 
-@pytest.mark.parametrize(
-    "optimizer", ["adamw", pytest.param("soap", marks=pytest.mark.slow)]
-)
+@pytest.mark.parametrize("optimizer", ["adamw", *cases.slow("soap")])
 def test_experts_train(optimizer):
     changes = {"optimizer": optimizer, "steps": 12, "learning_rate": 3e-3}
     result = rows(dataclasses.replace(EXPERTS, **changes))

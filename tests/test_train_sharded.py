@@ -10,6 +10,7 @@ import socket
 import subprocess
 import sys
 
+import cases
 import dying_training
 import jax
 import numpy as np
@@ -75,15 +76,17 @@ def rows_of(config):
     "changes",
     [
         ADAMW,
-        pytest.param({"scan": False}, marks=pytest.mark.slow),
-        pytest.param(train_lm.PUBLISHED, marks=pytest.mark.slow),
-        pytest.param({"block_size": None}, marks=pytest.mark.slow),
-        pytest.param({"initial_basis": "identity"}, marks=pytest.mark.slow),
-        pytest.param({"refresh": "cholesky_qr"}, marks=pytest.mark.slow),
-        pytest.param({"optimizer": "muon"}, marks=pytest.mark.slow),
-        pytest.param({"diagnose": True, "remat": True}, marks=pytest.mark.slow),
-        pytest.param({"preset": "tiny-experts"} | ADAMW, marks=pytest.mark.slow),
-        pytest.param({"preset": "tiny-experts", "steps": 6}, marks=pytest.mark.slow),
+        *cases.slow(
+            {"scan": False},
+            train_lm.PUBLISHED,
+            {"block_size": None},
+            {"initial_basis": "identity"},
+            {"refresh": "cholesky_qr"},
+            {"optimizer": "muon"},
+            {"diagnose": True, "remat": True},
+            {"preset": "tiny-experts"} | ADAMW,
+            {"preset": "tiny-experts", "steps": 6},
+        ),
     ],
 )
 def test_a_mesh_trains_as_one_device(changes):

@@ -2,6 +2,7 @@
 
 import functools
 
+import cases
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -38,7 +39,6 @@ def lion(learning_rate=0.1, **options):
     return optax.chain(inner, optax.scale_by_learning_rate(learning_rate))
 
 
-slow = pytest.mark.slow
 MAKERS = {
     "soap": soap,
     # With so large an rcond the derivatives of eigenvalues count.
@@ -67,19 +67,11 @@ MAKERS = {
     ),
     "shampoo, kl": functools.partial(shampoo, factors="kl", power=0.5),
 }
-# The others are for make test-slow.
-FEW = list(MAKERS)[:3]
 
 
-def makers(*names, few=FEW):
-    names = names or MAKERS
-    return pytest.mark.parametrize(
-        "make",
-        [
-            pytest.param(MAKERS[name], id=name, marks=[] if name in few else slow)
-            for name in names
-        ],
-    )
+def makers(*few):
+    """Makes these optimizers in every run, and the others in `make test-slow`."""
+    return pytest.mark.parametrize("make", cases.named(MAKERS, *few))
 
 
 SHAPES = {"v": (4,), "w": (4, 4), "x": (4, 6), "t": (2, 4, 2)}
@@ -158,7 +150,7 @@ def ensemble(update, state, steps):
 
 
 @pytest.mark.parametrize("counts", [(0, 0, 0), (0, 1, 4)])
-@makers()
+@makers("soap", "staggered")
 def test_an_ensemble_is_a_loop_over_its_members(make, counts):
     tx = made(make)
     states = advanced(tx, counts)
@@ -166,6 +158,7 @@ def test_an_ensemble_is_a_loop_over_its_members(make, counts):
     assert_same(found, loop(tx, states, 5))
 
 
+@pytest.mark.slow
 def test_an_ensemble_is_a_loop_without_jit():
     tx = made()
     states = advanced(tx, (0, 1, 4))
@@ -261,9 +254,7 @@ MESHES = {
 }
 
 
-@pytest.mark.parametrize(
-    "kind", ["spread", *(pytest.param(k, marks=slow) for k in ("automatic", "unknown"))]
-)
+@pytest.mark.parametrize("kind", ["spread", *cases.slow("automatic", "unknown")])
 def test_an_ensemble_on_a_mesh(kind):
     """The members are on all devices, and their parameters are sharded."""
     options = dict(MESHES[kind])
@@ -277,7 +268,7 @@ def test_an_ensemble_on_a_mesh(kind):
     assert_same(found, loop(tx, states, 3))
 
 
-@slow
+@pytest.mark.slow
 def test_an_ensemble_with_one_count_on_an_explicit_mesh():
     """JAX refuses members of different counts there, as it refuses any selection."""
     mesh = jax.make_mesh((2, 2), ("x", "y"), axis_types=(AxisType.Explicit,) * 2)
@@ -401,7 +392,7 @@ def difference_quotient(make, monkeypatch, step=2e-6):
     return float(ends[0] - ends[1]) / (2 * step)
 
 
-@makers(few=["soap", "current, kl, cholesky_qr"])
+@makers("current, kl, cholesky_qr")
 def test_derivatives_are_those_of_fixed_eigenbases(make, monkeypatch):
     """With respect to learning rate, parameters and gradients, forward and reverse."""
     expected = difference_quotient(make, monkeypatch)
@@ -413,6 +404,7 @@ def test_derivatives_are_those_of_fixed_eigenbases(make, monkeypatch):
     np.testing.assert_allclose(sum(jax.tree.leaves(products)), forward, rtol=1e-10)
 
 
+@pytest.mark.slow
 def test_derivatives_without_jit_and_of_ensembles():
     def gradient(params):
         return jax.grad(functools.partial(train_in_scan, soap, 0.03))(params)
@@ -436,9 +428,7 @@ def test_derivatives_without_jit_and_of_ensembles():
     [
         "soap",
         "factorized, kl",
-        "rcond",
-        pytest.param("current", marks=slow),
-        pytest.param("shampoo", marks=slow),
+        *cases.slow("rcond", "current", "shampoo"),
     ],
 )
 def test_derivatives_are_finite_where_nothing_is_known(name):
@@ -533,8 +523,7 @@ CHECKED = {
 
 def checked(*few):
     """Checks these optimizers in every run, and the others in `make test-slow`."""
-    params = [pytest.param(n, marks=[] if n in few else slow) for n in CHECKED]
-    return pytest.mark.parametrize("name", params)
+    return pytest.mark.parametrize("name", cases.some(CHECKED, few))
 
 
 @pytest.fixture
@@ -543,15 +532,15 @@ def debugging():
         yield
 
 
-@checked("current, kl, cholesky_qr", "tolerance, blocks", "factorized", "shampoo, kl")
-@pytest.mark.parametrize("jitted", [True, pytest.param(False, marks=slow)])
+@checked("current, kl, cholesky_qr", "tolerance, blocks")
+@pytest.mark.parametrize("jitted", [True, *cases.slow(False)])
 def test_nothing_is_reported_where_nothing_is_wrong(name, jitted, debugging):
     tx = CHECKED[name](0.1, precondition_frequency=2)
     updates = run(jax.jit(tx.update) if jitted else tx.update, tx)
     assert all(np.isfinite(x).all() for x in jax.tree.leaves(updates))
 
 
-@pytest.mark.parametrize("inside", [True, False])
+@pytest.mark.parametrize("inside", [True, *cases.slow(False)])
 @checked("soap")
 def test_checkify_finds_nothing(name, inside, monkeypatch):
     """It does not look into functions with a rule for `jax.vmap`, so one has none."""

@@ -2,6 +2,7 @@
 
 import functools
 
+import cases
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -71,7 +72,7 @@ OPTIONS = {
 }
 
 
-@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+@pytest.mark.parametrize("options", cases.named(OPTIONS, "KL-SOAP", "merged"))
 def test_a_training_with_packed_factors(options):
     """It is that with whole factors, and the state has them in half of the memory."""
     (params, state), (expected, whole) = (
