@@ -279,6 +279,7 @@ def test_what_differs_in_numbers_alone_is_trained_in_one_program(tmp_path):
     assert [len(group) for group in members.groups(jobs, tmp_path)] == [2, 3]
 
 
+@pytest.mark.slow
 def test_every_member_gets_its_own_table(tmp_path, monkeypatch):
     """Also in the second round of a program that has fewer members than jobs."""
     monkeypatch.setattr(members, "MEMBERS", 3)
