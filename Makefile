@@ -3,8 +3,9 @@ PYTHON ?= python3
 VENV ?= .venv
 EXTRA ?= test
 BIN := $(VENV)/bin
-# Tests of a file share what one process has compiled.
-PYTEST := pytest -n 2 --dist loadfile
+# Tests of a file share what one process has compiled. A process that dies has no
+# successor, for which xdist would wait forever.
+PYTEST := pytest -n 2 --dist loadfile --max-worker-restart 0
 OLDEST := jax==0.7.2 jaxlib==0.7.2 optax==0.2.6
 
 .PHONY: help setup train train-sharded reliability experiments bench tpu-check \
