@@ -42,8 +42,12 @@ gc.set_threshold(20_000)
 
 
 @pytest.fixture(autouse=True, scope="module")
-def forgotten_programs():
-    """A compiled program holds maps of memory, of which Linux allows 65,530."""
+def drop_programs():
+    """Drops the programs of a file after it.
+
+    Each holds maps of memory, of which Linux allows a process 65,530
+    (`vm.max_map_count`). A process that has more dies.
+    """
     yield
     jax.clear_caches()
     gc.collect()

@@ -129,8 +129,9 @@ def test_no_steps_into_the_null_space(gradients, precond_dtype, scale):
     [
         {"precondition_frequency": 1},
         {"factors": "kl"},
-        *cases.slow({"refresh": "eigh"}, {"refresh": "cholesky_qr"}),
-        *cases.slow({"basis": "current"}),
+        *cases.slow(
+            {"refresh": "eigh"}, {"refresh": "cholesky_qr"}, {"basis": "current"}
+        ),
     ],
     ids=str,
 )
