@@ -50,7 +50,6 @@ from tuning import (
     Seeds,
     base,
     best_settings,
-    curves,
     mean,
     saved,
     with_seeds,
@@ -140,7 +139,6 @@ PRECISIONS: dict[str, dict[str, Any]] = {
 }
 WIDTHS = {64: "width-64", 128: "tiny", 256: "width-256"}
 WIDTH_STEPS, WIDTH_ADAM_RATE = 120, 1e-2
-WIDTH_RATES = (3e-3, 1e-2, 3e-2, 1e-1, 3e-1)
 WAYS: dict[str, dict[str, Any]] = {
     "NAdamW": {"optimizer": "adamw", "adam_learning_rate": None},
     "SOAP, f=10": {},
@@ -619,33 +617,46 @@ def precisions(experiment: Experiment) -> None:
 
 
 def widths(experiment: Experiment) -> None:
-    """Tries five learning rates in each width, in short trainings.
+    """Seeks the best learning rate of matrices in each width, in short trainings.
 
-    They are those of matrices, and Adam's rate for the others is the same in all; only
-    NAdamW has one rate.
+    Adam's rate for the others is the same in all; only NAdamW has one rate.
     """
-    rows = []
-    for label, changes in WAYS.items():
-        jobs = {
-            (width, rate): dataclasses.replace(
-                base(WIDTH_STEPS),
-                preset=preset,
-                learning_rate=rate,
-                **{"adam_learning_rate": WIDTH_ADAM_RATE, **changes},
-            )
-            for width, preset in WIDTHS.items()
-            for rate in WIDTH_RATES
+    starts = {
+        (label, width): dataclasses.replace(
+            base(WIDTH_STEPS),
+            preset=preset,
+            **{"adam_learning_rate": WIDTH_ADAM_RATE, **changes},
+        )
+        for label, changes in WAYS.items()
+        for width, preset in WIDTHS.items()
+    }
+    tried: list[tuple[Any, Seeds]] = []
+    for fields in (RATES, MATRICES_ALONE):
+        members = {
+            key: config
+            for key, config in starts.items()
+            if has_two_rates(config) == (fields == MATRICES_ALONE)
         }
-        found = curves(experiment.curves, jobs.values())
-        rows += [
-            {
-                "optimizer": label,
-                "width": width,
-                "learning rate": rate,
-                "final loss": curve.final,
-            }
-            for (width, rate), curve in zip(jobs, found, strict=True)
-        ]
+        tried += best_settings(
+            experiment.curves, members, fields, experiment.search_seeds
+        )[1]
+    rows = [
+        {
+            "optimizer": label,
+            "width": width,
+            "learning rate": of_seeds[0].config.learning_rate,
+            "final loss": mean(of_seeds),
+        }
+        for (label, width), of_seeds in tried
+    ]
+    labels = [*WAYS]
+    rows.sort(
+        key=lambda row: (
+            labels.index(row["optimizer"]),
+            row["width"],
+            row["learning rate"],
+        )
+    )
     report(rows, experiment.out / "widths.csv")
     plot_widths(rows, experiment.out / "widths.png")
 
@@ -655,8 +666,9 @@ def plot_widths(rows: list[dict[str, Any]], path: Path) -> None:
     for axis, label in zip(panels, WAYS, strict=True):
         for width in WIDTHS:
             mine = [r for r in rows if (r["optimizer"], r["width"]) == (label, width)]
+            rates = [row["learning rate"] for row in mine]
             losses = [row["final loss"] for row in mine]
-            axis.plot(WIDTH_RATES, losses, "o-", label=f"width {width}")
+            axis.plot(rates, losses, "o-", label=f"width {width}")
         axis.set(xscale="log", xlabel="learning rate", title=label)
         axis.grid(alpha=0.3)
     best = min(row["final loss"] for row in rows)
