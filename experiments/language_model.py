@@ -407,7 +407,7 @@ def measure_time(experiment: Experiment) -> None:
     """Measures whole steps, of all optimizers in turn, in one process.
 
     The machine must have nothing else to do. Every turn has a refresh of each optimizer
-    that has any, and the seconds of a step are the median of the turns.
+    that has any, but for SPlus, and the seconds of a step are the median of the turns.
     """
     experiment = only(experiment, "NAdamW", *experiment.optimizers)
     best, _ = tuned(experiment, experiment.lengths[0])

@@ -7,6 +7,7 @@ import hashlib
 import multiprocessing
 import os
 import platform
+import re
 import subprocess
 import sys
 from collections.abc import Callable, Collection, Iterable, Mapping
@@ -23,11 +24,20 @@ def machine() -> dict[str, str]:
     """The machine, the versions and the dtype, which stand in every row of a table."""
     return {
         "device": jax.devices()[0].device_kind,
+        "processor": processor(),
         "cores": str(os.cpu_count()),
         "python": platform.python_version(),
         "jax": jax.__version__,
         "dtype": "float32",
     }
+
+
+def processor() -> str:
+    """The name of the processor, which Linux keeps in a file of its own."""
+    cpuinfo = Path("/proc/cpuinfo")
+    text = cpuinfo.read_text(encoding="utf-8") if cpuinfo.exists() else ""
+    found = re.search(r"^model name\s*:\s*(.+)$", text, re.MULTILINE)
+    return found[1] if found else platform.processor() or platform.machine()
 
 
 ROOT = Path(__file__).parent.parent

@@ -151,7 +151,7 @@ def soap(
         as round-off. The update in a direction of eigenvalue e is multiplied by
         r^2 / (r^2 + rcond^2), where r = e / e_max. None follows the rounding in play:
         it means 0.01 of the machine epsilon of the computation. If gradients, stored
-        factors or products are rounded more coarsely, to a machine epsilon `eps`, it
+        eigenbases or products are rounded more coarsely, to a machine epsilon `eps`, it
         means 5 eps^2 of the mean eigenvalue where this is more. That leaves all but
         null directions as they are. 0, as published, multiplies by 1. A model that
         computes in bfloat16 and hands over float32 gradients hides its rounding:
