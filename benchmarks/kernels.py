@@ -2,7 +2,7 @@
 
 import re
 
-from programs import UnexpectedTextError
+from programs import UnexpectedTextError, branches
 
 
 def of_a_step(parts: dict[str, str]) -> dict[str, int]:
@@ -46,19 +46,3 @@ def kernels(parts: dict[str, str], name: str) -> int:
             count += sum(kernels(parts, one) for one in called)
         count += max((kernels(parts, one) for one in branches(line)), default=0)
     return count
-
-
-def branches(line: str) -> list[str]:
-    """The names of the computations that an instruction chooses from, if it does."""
-    if " conditional(" not in line:
-        return []
-    listed = re.search(r"branch_computations=\{([^}]+)\}", line)
-    if listed:
-        return [name.strip().lstrip("%") for name in listed[1].split(",")]
-    named = [
-        re.search(rf"{truth}_computation=%?([\w.-]+)", line)
-        for truth in ("false", "true")
-    ]
-    if None in named:
-        raise UnexpectedTextError("computations in each conditional", line)
-    return [found[1] for found in named]  # type: ignore[index]

@@ -137,7 +137,6 @@ def with_factors_on_host(shardings: Any) -> Any:
 
 
 train_lm.OPTIMIZERS |= {
-    "soap_spheres": recipes.make_soap_spheres,
     "soap_experts": make_soap_experts,
     "soap_on_host": make_soap_on_host,
 }

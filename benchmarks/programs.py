@@ -110,25 +110,31 @@ def copied_bytes(text: str) -> int:
     parts = computations(text)
     entry = parts["ENTRY"]
     conditionals = [line for line in entry.splitlines() if " conditional(" in line]
-    branches = [_branches(line) for line in conditionals]
+    chosen = [branches(line) for line in conditionals]
     run = [entry]
-    if branches:
-        if len(branches) != 2 or any(len(names) != 2 for names in branches):
+    if chosen:
+        if len(chosen) != 2 or any(len(names) != 2 for names in chosen):
             wanted = "two conditionals of two branches in its main computation"
             raise UnexpectedTextError(wanted, "\n".join(conditionals))
-        (_, step), (keep, _) = branches
+        (_, step), (keep, _) = chosen
         run += [parts[step], parts[keep]]
     return sum(_bytes_copied(line) for part in run for line in part.splitlines())
 
 
-def _branches(conditional: str) -> list[str]:
-    """The names of the computations that a conditional chooses from."""
-    found = re.search(r"branch_computations=\{([^}]+)\}", conditional)
-    if found is None:
-        raise UnexpectedTextError(
-            "branch_computations in each conditional", conditional
-        )
-    return [name.strip().lstrip("%") for name in found[1].split(",")]
+def branches(line: str) -> list[str]:
+    """The names of the computations that an instruction chooses from, if it does."""
+    if " conditional(" not in line:
+        return []
+    listed = re.search(r"branch_computations=\{([^}]+)\}", line)
+    if listed:
+        return [name.strip().lstrip("%") for name in listed[1].split(",")]
+    named = [
+        re.search(rf"{truth}_computation=%?([\w.-]+)", line)
+        for truth in ("false", "true")
+    ]
+    if None in named:
+        raise UnexpectedTextError("computations in each conditional", line)
+    return [found[1] for found in named]  # type: ignore[index]
 
 
 def _bytes_copied(line: str) -> int:

@@ -369,7 +369,7 @@ def refreshes(bench: Bench) -> Iterator[dict[str, Any]]:
     """
     shape = PRESETS[bench.preset]
     every = jax.jit(lambda m, q: jnp.linalg.qr(jnp.matmul(m, q, precision=HIGHEST))[0])
-    state, run = refreshing(shape, {})
+    state, _ = refreshing(shape, {})
     batches = batches_of(state)
     bare = lambda: [jax.block_until_ready(every(*batch)) for batch in batches]  # noqa: E731
     bare()
@@ -409,45 +409,50 @@ def refreshing(
     params = normal(shape, 1)
     gradients = [normal(shape, seed) for seed in range(2, 6)]
 
-    def make(frequency: int) -> tuple[Any, Any]:
-        tx = soap(precondition_frequency=frequency, **IDENTITY, **options)
-        step = jax.jit(
+    optimizers = {
+        frequency: soap(precondition_frequency=frequency, **IDENTITY, **options)
+        for frequency in (1, 10)
+    }
+
+    def jitted(tx: optax.GradientTransformation) -> Callable[..., Any]:
+        return jax.jit(
             lambda state, grads: tx.update(grads, state, params)[::-1], donate_argnums=0
         )
-        return tx, step
 
-    programs = {frequency: make(frequency)[1] for frequency in (1, 10)}
-    holder = {"state": jax.jit(make(1)[0].init)(params), "count": 0}
+    steps = {frequency: jitted(tx) for frequency, tx in optimizers.items()}
+    state, count = jax.jit(optimizers[1].init)(params), 0
 
     def run(frequency: int) -> float:
-        holder["state"] = set_count(holder["state"], frequency)
-        holder["count"] += 1
-        grads = gradients[holder["count"] % len(gradients)]
-        spent, (holder["state"], _) = seconds(
-            programs[frequency], holder["state"], grads
-        )
+        nonlocal state, count
+        count += 1
+        grads = gradients[count % len(gradients)]
+        state = set_count(state, frequency)
+        spent, (state, _) = seconds(steps[frequency], state, grads)
         return spent
 
     for frequency in (1, 1, 1, 10):
         run(frequency)
-    return holder["state"], run
+    return state, run
 
 
 def set_count(state: Any, frequency: int) -> Any:
     """The state with a count for which a refresh is due if `frequency` is 1."""
-    is_one = lambda node: isinstance(node, soap_optax.EigenbasisState)  # noqa: E731
     count = jnp.asarray(20 if frequency == 1 else 21, jnp.int32)
     return jax.tree.map(
-        lambda node: node._replace(count=count) if is_one(node) else node,
+        lambda node: node._replace(count=count) if is_of_soap(node) else node,
         state,
-        is_leaf=is_one,
+        is_leaf=is_of_soap,
     )
+
+
+def is_of_soap(node: Any) -> bool:
+    return isinstance(node, soap_optax.EigenbasisState)
 
 
 def batches_of(state: Any) -> list[tuple[jax.Array, jax.Array]]:
     """A batch of factors and one of eigenbases for each size."""
-    is_one = lambda node: isinstance(node, soap_optax.EigenbasisState)  # noqa: E731
-    (state,) = (n for n in jax.tree.leaves(state, is_leaf=is_one) if is_one(n))
+    nodes = jax.tree.leaves(state, is_leaf=is_of_soap)
+    (state,) = filter(is_of_soap, nodes)
     by_size = collections.defaultdict(list)
     pairs = zip(
         jax.tree.leaves(state.factors), jax.tree.leaves(state.eigenbases), strict=True

@@ -812,13 +812,12 @@ def make_soap(config: Config, mesh: Mesh | None) -> optax.GradientTransformation
 
 def make_shampoo(config: Config, mesh: Mesh | None) -> optax.GradientTransformation:
     is_kl = config.factors == "kl"
-    grafting = None if is_kl or config.update_rms is not None else "adam"
     return soap_optax.shampoo(
         make_schedule(config, config.learning_rate),
         adam_learning_rate=adam_schedule(config),
         update_rms=config.update_rms,
         power=0.5 if is_kl else 0.4,
-        grafting=grafting,
+        grafting=None if is_kl else "adam",
         **adamw_options(config),
         **eigenbasis_options(config, mesh),
     )

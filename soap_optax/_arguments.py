@@ -168,8 +168,8 @@ def slowest_mean(name: str, value: Any, dtype: Any, of: str) -> None:
     require(name, value, rule, bool(value <= most))
 
 
-def names(name: str, value: Any) -> None:
-    """A rule for a sequence of names of fields."""
+def strings(name: str, value: Any) -> None:
+    """A rule for a sequence of names, as of fields or of mesh axes."""
     is_sequence = isinstance(value, Sequence) and not isinstance(value, (str, bytes))
     holds = is_sequence and all(isinstance(entry, str) for entry in value)
     require(name, value, "a sequence of names", holds)

@@ -6,17 +6,32 @@ Parameters without factors, which Adam updates, may have their own.
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
+import numpy as np
 import optax
 
 from soap_optax import _arguments
-from soap_optax._options import FamilyOptions
+from soap_optax._options import FamilyOptions, RateOptions
 from soap_optax.parameters import _tree
+
+Rates = tuple[optax.ScalarOrSchedule | None, optax.ScalarOrSchedule | None]
+
+
+def split_rates(options: Any) -> tuple[Rates, Any]:
+    """Takes the options of `RateOptions` out of options that have them.
+
+    Returns:
+      Learning rate and weight decay of parameters without factors, and a dict of the
+      options that are left.
+    """
+    names = RateOptions.__annotations__
+    rest = {name: value for name, value in options.items() if name not in names}
+    return (options["adam_learning_rate"], options["adam_weight_decay"]), rest
 
 
 def optimizer(
     transformation: optax.GradientTransformation,
     of_matrices: tuple[optax.ScalarOrSchedule, optax.ScalarOrSchedule],
-    of_others: tuple[optax.ScalarOrSchedule | None, optax.ScalarOrSchedule | None],
+    of_others: Rates,
     mask: Any | Callable[[optax.Params], Any] | None,
     options: FamilyOptions,
 ) -> optax.GradientTransformationExtraArgs:
@@ -48,9 +63,9 @@ def _decay_and_rate(
     weight_decay: optax.ScalarOrSchedule,
     mask: Any,
 ) -> tuple[optax.GradientTransformation, ...]:
-    # Without decay no pass over the parameters is needed. A traced 0 may change, and
-    # with a mask the state keeps the structure that it has with decay.
-    is_number = isinstance(weight_decay, (int, float))
+    # Without decay no pass over the parameters is needed. A 0 in an array of JAX may
+    # change, and with a mask the state keeps the structure that it has with decay.
+    is_number = isinstance(weight_decay, (int, float, np.generic, np.ndarray))
     if is_number and weight_decay == 0 and mask is None:
         decay: optax.GradientTransformation = optax.identity()
     else:

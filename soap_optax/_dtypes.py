@@ -79,9 +79,11 @@ def _eps_of_operands(dtype: Any, precision: Any) -> dict[str, float]:
     """
     if precision is jax.lax.Precision.HIGHEST:
         return {"default": 0.0}
-    matrix = jax.ShapeDtypeStruct((1, 1), dtype)
-    product = jax.make_jaxpr(lambda x: jax.lax.dot(x, x, precision=precision))(matrix)
-    found = product.eqns[0].params["precision"]
+    found = precision
+    if not isinstance(precision, jax.lax.Precision):  # JAX knows what it stands for.
+        matrix = jax.ShapeDtypeStruct((1, 1), dtype)
+        product = jax.make_jaxpr(lambda x: jax.lax.dot(x, x, precision=precision))
+        found = product(matrix).eqns[0].params["precision"]
     if isinstance(found, jax.lax.DotAlgorithm):
         eps = float(jnp.finfo(found.lhs_precision_type).eps)
         return {"default": _eps_of_terms(eps, found.lhs_component_count)}

@@ -105,9 +105,9 @@ def in_eigenbasis(
         "inner", inner, "an optax.GradientTransformation", is_transformation
     )
     _arguments.check(
-        first_moments=(first_moments, _arguments.names),
-        coordinatewise=(coordinatewise, _arguments.names),
-        second_moments=(second_moments, _arguments.names),
+        first_moments=(first_moments, _arguments.strings),
+        coordinatewise=(coordinatewise, _arguments.strings),
+        second_moments=(second_moments, _arguments.strings),
     )
     if options["shampoo_beta"] is None:
         options["shampoo_beta"] = 0.95
@@ -131,11 +131,14 @@ class Inner:
       words: what the user says about the arrays in the transformation's state.
       rounds: whether updates have the dtype of the gradients. If not, they have that of
         the computation.
+      reads_params: whether the transformation reads the parameters, which then have to
+        be projected.
     """
 
     make: Callable[[Sequence[Leaf], _PerLeaf], optax.GradientTransformationExtraArgs]
     words: Words = Words()  # noqa: RUF009, because a tuple does not change
     rounds: bool = True
+    reads_params: bool = True
 
 
 def make_transformation(
@@ -155,7 +158,7 @@ def make_transformation(
             _placement.check_refresh_axes(leaf, options["refresh_axes"])
             _placement.check_packing(leaf, options["pack_factors"])
         _placement.note_unknown_shardings(plan.leaves, options["params_sharding"])
-        state = _state.start(plan, options, None)
+        state = _state.start(plan, options)
         transformation = inner.make(plan.leaves, state.eigenvalues)
         inner_state = transformation.init(plan.widened())
         _moments.check_inner_state(inner_state, plan.leaves, inner.words)
@@ -200,20 +203,17 @@ def _settled(
     update. Where `inner` cannot be tried, because it needs further arguments, the
     arrays have the dtypes that they have.
     """
-    values, treedef = _flatten(state)
+    treedef: Any
+    values, treedef = jax.tree.flatten(state)
     try:
         _, after = jax.eval_shape(inner.update, params, state, params)
-        wanted, treedef_after = _flatten(after)
+        wanted, treedef_after = jax.tree.flatten(after)
     except Exception:
         wanted, treedef_after = values, treedef
     if treedef_after != treedef:
         wanted = values  # The first step says what is wrong.
     pairs = zip(values, wanted, strict=True)
     return treedef.unflatten(jnp.asarray(x, jnp.result_type(y)) for x, y in pairs)
-
-
-def _flatten(tree: Any) -> tuple[list[Any], Any]:
-    return jax.tree.flatten(tree)
 
 
 def _kept(new: Any, old: Any) -> Any:
@@ -223,8 +223,8 @@ def _kept(new: Any, old: Any) -> Any:
       ValueError: if the structure differs, or if a dtype does that is not only wider.
     """
     rule = "a transformation that keeps the structure and the dtypes of its state"
-    (_, treedef), (_, treedef_before) = _flatten(new), _flatten(old)
-    _arguments.require("inner", treedef, rule, treedef == treedef_before)
+    treedef: Any = jax.tree.structure(new)
+    _arguments.require("inner", treedef, rule, treedef == jax.tree.structure(old))
 
     def one(path: Any, new: Any, old: Any) -> jax.Array:
         name = f"inner state {jax.tree_util.keystr(path)}"
@@ -296,8 +296,7 @@ class _Update:
             **self.extra_args,
         )
         seen = [
-            # Derivatives are those of the inner transformation.
-            update - jax.lax.stop_gradient(jnp.where(is_hidden, update, 0))
+            _without_hidden(update, is_hidden)
             for update, (_, _, is_hidden) in zip(
                 plan.treedef.flatten_up_to(inner_updates), measured, strict=True
             )
@@ -349,6 +348,9 @@ class _Update:
         precision = self.options["precision"]
         factors = []
         for i, (leaf, array) in enumerate(self._of_arrays()):
+            if not leaf.layout.has_factors:
+                factors.append(state.factors[i])
+                continue
             gradient = _placement.for_blocks(array, leaf)
             gradients = [gradient] * len(leaf.layout.axes)
             if self.options["factors"] == "kl":
@@ -486,13 +488,16 @@ class _Update:
         eigenvalues: Any,
         weights: Sequence[Any],
         is_first: jax.typing.ArrayLike,
-    ) -> tuple[jax.Array, list[Any], jax.Array]:
+    ) -> tuple[jax.Array, list[Any], jax.Array | None]:
         """The coordinates of a gradient, and the eigenvalues, which follow it.
 
         In the first step of the inner transformation, the eigenbases come from a single
         gradient, which may be this one, or one like it. The last result says which
-        coordinates are then hidden by round-off.
+        coordinates are then hidden by round-off; it is None without factors.
         """
+        if not leaf.layout.has_factors:
+            gradient = array.astype(leaf.dtype)
+            return _placement.like_parameter(gradient, leaf), eigenvalues, None
         coordinates, energies = _kronecker.project_and_measure(
             _placement.for_blocks(array.astype(leaf.dtype), leaf),
             eigenbases,
@@ -509,8 +514,7 @@ class _Update:
             )
         followed = _kronecker.follow(eigenvalues, energies, weights)
         eigenvalues = list(map(_mesh.placed, followed, _placement.of_vectors(leaf)))
-        if leaf.layout.has_factors:
-            coordinates = _kronecker.bounded(coordinates)
+        coordinates = _kronecker.bounded(coordinates)
         coordinates = _placement.like_parameter(coordinates, leaf)
         is_hidden = _placement.like_parameter(is_hidden, leaf)
         return _apart_from_blocks(coordinates, leaf), eigenvalues, is_hidden
@@ -531,8 +535,8 @@ class _Update:
         return RoundOff.of(leaf.dtype, self._eps(leaf, gradient, *eigenbases))
 
     def _projected_params(self, state: EigenbasisState) -> Any:
-        """The tree of the coordinates of the parameters, or None without parameters."""
-        if self.params is None:
+        """The tree of the coordinates of the parameters, or None if nobody reads it."""
+        if self.params is None or not self.inner.reads_params:
             return None
         projected = [
             _kronecker.project(
@@ -558,16 +562,25 @@ class _Update:
     ) -> jax.Array:
         """Damps an inner update, projects it back and bounds or sets its size."""
         options, layout = self.options, leaf.layout
+        if not layout.has_factors:
+            return _placement.like_parameter(update.astype(leaf.dtype), leaf)
         round_off = self._round_off(leaf, gradient, eigenbases)
         wanted, limit = options["update_rms"], options["clip_update_rms"]
         update = _placement.for_blocks(_apart_from_blocks(update, leaf), leaf)
         update = _kronecker.damp(update, eigenvalues, layout, round_off)
         step = _kronecker.project_back(update, eigenbases, layout, options["precision"])
-        if layout.has_factors and wanted is not None:
+        if wanted is not None:
             step = _kronecker.set_rms(step, layout, wanted)
-        elif layout.has_factors and limit is not None:
+        elif limit is not None:
             step = _kronecker.clip_rms(step, layout, limit)
         return _placement.like_parameter(step.astype(leaf.dtype), leaf)
+
+
+def _without_hidden(update: jax.Array, is_hidden: jax.Array | None) -> jax.Array:
+    """Leaves out hidden coordinates. Derivatives are those with all coordinates."""
+    if is_hidden is None:
+        return update
+    return update - jax.lax.stop_gradient(jnp.where(is_hidden, update, 0))
 
 
 def _apart_from_blocks(array: jax.Array, leaf: Leaf) -> jax.Array:

@@ -50,7 +50,7 @@ PerAxis = Sequence[jax.Array | None]
 # the machine epsilon of coarser rounding.
 _RCOND, _COARSE_RCOND = 0.01, 5
 # What is at most this many machine epsilons is hidden: those of the computation, and
-# those of coarser rounding of factors and eigenbases. See `hidden`.
+# those of coarser rounding of eigenbases and products. See `hidden`.
 _RESOLUTION, _COARSE_RESOLUTION = 100, 1
 # A refresh leaves no larger ratio of a first moment to the root of its second moment,
 # unless there was a larger one before. See `_raised`.
@@ -282,14 +282,12 @@ def hidden(
       coordinates: coordinates of the gradient.
       energies: its energies at each index of each axis with a factor, `[grid…, b]`.
       layout: layout of the parameter.
-      eps: machine epsilon of the coarsest rounding of factors and eigenbases.
+      eps: machine epsilon of the coarsest rounding of eigenbases and products.
 
     Returns:
       Whether each coordinate is hidden, in the shape of the parameter.
     """
     known = [energy for energy in energies if energy is not None]
-    if not known:
-        return jnp.zeros_like(coordinates, bool)
     blocks = layout.to_blocks(coordinates)
     largest = functools.reduce(jnp.maximum, [jnp.max(e, axis=-1) for e in known])
     scale = jnp.sqrt(jnp.where(largest > 0, largest, 1))
@@ -466,8 +464,6 @@ def damp(
     would scale it up to full-size steps.
     """
     if round_off.is_zero():
-        return array
-    if all(eigenvalue is None for eigenvalue in eigenvalues):
         return array
 
     def share(eigenvalue: jax.Array | None) -> jax.Array | None:

@@ -100,7 +100,7 @@ class FamilyOptions(TypedDict, total=False):
         Any, Option(None, _arguments.tree_or_function("shardings"))
     ]
     refresh_axes: Annotated[
-        Sequence[str] | None, Option(None, _arguments.optional(_arguments.names))
+        Sequence[str] | None, Option(None, _arguments.optional(_arguments.strings))
     ]
 
 

@@ -9,7 +9,7 @@ import jax
 import optax
 
 from soap_optax import _arguments, _kronecker
-from soap_optax._chain import optimizer
+from soap_optax._chain import optimizer, split_rates
 from soap_optax._eigenbasis import Inner, make_transformation
 from soap_optax._inner import (
     AdamSettings,
@@ -136,8 +136,7 @@ def shampoo(
       Implementation of the Distributed Shampoo
       Optimizer](https://arxiv.org/abs/2309.06497), 2023, for epsilon.
     """
-    own: Any = options
-    of_others = own.pop("adam_learning_rate"), own.pop("adam_weight_decay")
+    of_others, rest = split_rates(options)
     transformation = scale_by_shampoo(
         b1,
         b2,
@@ -147,10 +146,10 @@ def shampoo(
         nesterov=nesterov,
         power=power,
         grafting=grafting,
-        **own,
+        **rest,
     )
     rate_and_decay = learning_rate, weight_decay
-    return optimizer(transformation, rate_and_decay, of_others, mask, options)
+    return optimizer(transformation, rate_and_decay, of_others, mask, rest)
 
 
 @takes(ScaleByShampooOptions, **_EIGH)
@@ -206,7 +205,8 @@ def scale_by_shampoo(
         mu_dtype=mu_dtype,
         nesterov=nesterov,
     )
-    return _grafted(Inner(inner, rounds=False), adam, grafting, options)
+    of_shampoo = Inner(inner, rounds=False, reads_params=False)
+    return _grafted(of_shampoo, adam, grafting, options)
 
 
 def _grafted(

@@ -8,7 +8,7 @@ import jax
 import optax
 
 from soap_optax import _arguments
-from soap_optax._chain import optimizer
+from soap_optax._chain import optimizer, split_rates
 from soap_optax._eigenbasis import Inner, make_transformation
 from soap_optax._inner import (
     AdamSettings,
@@ -174,7 +174,8 @@ def soap(
         within shards, and spread over all devices elsewhere. Without it each factor is
         refreshed alone, as XLA sees fit. It is not needed on meshes with explicit axes,
         where the types of arrays contain it, and ignored inside `jax.shard_map`. See
-        `state_sharding`.
+        `state_sharding`. `optax.inject_hyperparams` takes a callable for a schedule,
+        unless `static_args` names this option.
       refresh_axes: names of mesh axes along which devices that have copies of a factor
         share its refreshes and then gather the new eigenbases. None means no axis where
         blocks lie within shards, and all axes elsewhere. It has no effect where
@@ -205,8 +206,7 @@ def soap(
       Vyas et al., [SOAP: Improving and Stabilizing Shampoo using
       Adam](https://arxiv.org/abs/2409.11321), 2024
     """
-    own: Any = options
-    of_others = own.pop("adam_learning_rate"), own.pop("adam_weight_decay")
+    of_others, rest = split_rates(options)
     transformation = scale_by_soap(
         b1,
         b2,
@@ -215,10 +215,10 @@ def soap(
         mu_dtype,
         nesterov=nesterov,
         factorized=factorized,
-        **own,
+        **rest,
     )
     rate_and_decay = learning_rate, weight_decay
-    return optimizer(transformation, rate_and_decay, of_others, mask, options)
+    return optimizer(transformation, rate_and_decay, of_others, mask, rest)
 
 
 @takes(ScaleBySoapOptions, **_CLIP)
@@ -264,4 +264,4 @@ def scale_by_soap(
     )
     # Second moments of rank one bound each row by themselves.
     words = Words() if factorized else Words(second_moments=("nu",))
-    return make_transformation(Inner(make, words), options)
+    return make_transformation(Inner(make, words, reads_params=False), options)

@@ -105,10 +105,11 @@ def _fields(options: EigenbasisOptions) -> dict[str, _PerFactor]:
     return _FIELDS | {"factors": packed}
 
 
-def start(
-    plan: Plan, options: EigenbasisOptions, inner_state: optax.OptState
-) -> EigenbasisState:
-    """The first state, in lists: zero factors and identity eigenbases."""
+def start(plan: Plan, options: EigenbasisOptions) -> EigenbasisState:
+    """The first state, in lists: zero factors and identity eigenbases.
+
+    It has no inner state yet.
+    """
 
     def one(leaf: Leaf, shape: Any, sharding: Any, field: _PerFactor) -> Any:
         if shape is None:
@@ -128,7 +129,7 @@ def start(
     return EigenbasisState(
         count=jnp.zeros([], jnp.int32),
         refreshes=jnp.zeros([], jnp.int32),  # One array cannot be donated twice.
-        inner_state=inner_state,
+        inner_state=None,
         **lists,
     )
 

@@ -142,6 +142,13 @@ def test_no_decay_and_decay_have_the_same_state(mask):
     assert jax.tree.structure(states[0]) == jax.tree.structure(states[1])
 
 
+@pytest.mark.parametrize("zero", [0, 0.0, np.float32(0), np.array(0.0)])
+def test_no_decay_needs_no_parameters(zero):
+    params = {"w": jnp.ones((3, 2))}
+    tx = soap_optax.soap(1e-3, weight_decay=zero)
+    tx.update(params, tx.init(params))
+
+
 def test_a_traced_decay_of_zero():
     params = {"w": jnp.ones((3, 2))}
 

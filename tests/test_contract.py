@@ -110,9 +110,10 @@ def assert_compiles_nothing_in_the_end(tx, caplog):
     assert not compiled
 
 
-def test_strict_promotion_of_dtypes():
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_strict_promotion_of_dtypes(dtype):
     tx = soap_optax.in_eigenbasis(optax.trace(0.9), clip_update_rms=1.0)
-    params = normal_tree()
+    params = optax.tree.cast(normal_tree(), dtype)
     with jax.numpy_dtype_promotion("strict"):
         state = tx.init(params)
         jax.jit(tx.update)(params, state)

@@ -105,6 +105,17 @@ def branches_with(primitive, tx, params):
     return inside, outside
 
 
+@pytest.mark.parametrize(
+    "make", [soap_optax.scale_by_soap, soap_optax.scale_by_shampoo]
+)
+def test_parameters_are_not_projected_for_adam(make):
+    params, tx = {"w": jnp.ones((4, 3))}, make()
+    state = tx.init(params)
+    with_params = jax.make_jaxpr(tx.update)(params, state, params)
+    without = jax.make_jaxpr(tx.update)(params, state)
+    assert str(with_params).count("dot_general") == str(without).count("dot_general")
+
+
 def test_5_a_refresh_is_a_branch_of_cond():
     params = {"w": jnp.ones((4, 3))}
     assert branches_with("qr", soap_optax.scale_by_soap(), params) == (2, 0)

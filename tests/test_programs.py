@@ -130,7 +130,7 @@ def test_decompositions_of_a_program():
         (
             programs.copied_bytes,
             COPIES.replace("branch_computations", "branches"),
-            r"branch_computations in each conditional, got: %a = f32\[2\]",
+            r"computations in each conditional, got: %a = f32\[2\]",
         ),
         (
             programs.copied_bytes,

@@ -336,9 +336,10 @@ def test_the_last_count_of_int32(options):
         assert moved > 0.01 * np.abs(state.factors[0]).max()
 
 
-def test_a_frequency_that_no_count_reaches():
+@pytest.mark.parametrize("frequency", [2**40, np.int64(2**40)])
+def test_a_frequency_that_no_count_reaches(frequency):
     params = {"v": jnp.ones((3, 2)), "w": jnp.ones((4, 3))}
-    tx = soap_optax.scale_by_soap(precondition_frequency=2**40, stagger=True)
+    tx = soap_optax.scale_by_soap(precondition_frequency=frequency, stagger=True)
     state = tx.init(params)
     for _ in range(2):
         _, state = jax.jit(tx.update)(params, state)

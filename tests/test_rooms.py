@@ -21,7 +21,13 @@ ROOMS = {
     "refresh._clock": {"refresh._members"},
     "_options": {"_arguments", "refresh._methods"},
     "parameters._layout": {"_options", "mesh._mesh"},
-    "parameters._tree": {"_arguments", "_options", "mesh._mesh", "parameters._layout"},
+    "parameters._tree": {
+        "_arguments",
+        "_dtypes",
+        "_options",
+        "mesh._mesh",
+        "parameters._layout",
+    },
     "_kronecker": {"_dtypes", "_triangles", "mesh._mesh", "parameters._layout"},
     "mesh._placement": {
         "_arguments",

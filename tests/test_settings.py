@@ -324,6 +324,13 @@ def test_a_pattern_that_matches_nothing(arguments, message):
         tx.init(PARAMS)
 
 
+def test_matrices_are_no_schedule():
+    make = optax.inject_hyperparams(soap_optax.soap)
+    tx = make(0.1, dimension_numbers=soap_optax.matrices())
+    with pytest.raises(ValueError, match=r"static_args=\('dimension_numbers',\)"):
+        tx.init(PARAMS)
+
+
 @pytest.mark.parametrize("pattern", ["(", 3, ["w", None]])
 def test_what_is_no_pattern(pattern):
     with pytest.raises(ValueError, match=r"exclude must be a regular expression"):

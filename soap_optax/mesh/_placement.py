@@ -127,9 +127,10 @@ def like_parameter(array: jax.Array, leaf: Leaf) -> jax.Array:
 def for_blocks(array: jax.Array, leaf: Leaf) -> jax.Array:
     """Shards an array of the parameter's shape like the parameter, but cuts no block.
 
-    The array is gathered along the mesh axes that would cut its blocks, so that a step
-    gathers it once. XLA has also been seen to compute wrong products of blocks that are
-    cut (JAX 0.10.2). No program is known that shows this now, and no public issue.
+    An axis that is not divided into blocks stays as it is sharded. The array is
+    gathered along the mesh axes that would cut its blocks, so that a step gathers it
+    once. XLA has also been seen to compute wrong products of blocks that are cut (JAX
+    0.10.2). No program is known that shows this now, and no public issue.
     """
     if leaf.sharding is None:
         return array

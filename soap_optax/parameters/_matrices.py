@@ -41,7 +41,9 @@ def matrices(
       pattern may be for.
 
     Raises:
-      ValueError: for a pattern that is no regular expression.
+      ValueError: for a pattern that is no regular expression. The function also raises
+        it where `optax.inject_hyperparams` takes it for a schedule; name the option in
+        `static_args` there.
 
     Examples:
       >>> import jax.numpy as jnp, soap_optax
@@ -56,6 +58,9 @@ def matrices(
     included = None if include is None else _compiled("include", include)
 
     def numbers(params: Any) -> Any:
+        if isinstance(params, jax.Array) and jnp.issubdtype(params.dtype, jnp.integer):
+            # It is the count, since inject_hyperparams takes a callable for a schedule.
+            _arguments.static("dimension_numbers", params)
         treedef: Any
         nodes, treedef = jax.tree.flatten(params, is_leaf=_is_hidden)
         paths = list(map("/".join, _tree.names(params, _is_hidden)))

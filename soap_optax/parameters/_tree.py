@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from soap_optax import _arguments
+from soap_optax._dtypes import widest
 from soap_optax._options import FamilyOptions
 from soap_optax.mesh import _mesh
 from soap_optax.parameters._layout import (
@@ -105,7 +106,7 @@ def make_plan(tree: Any, options: FamilyOptions) -> Plan:
             layout = make_layout(array.shape, options, numbers)
         except ValueError as error:
             raise ValueError(f"{name}: {error}") from error
-        dtype = jnp.promote_types(array.dtype, jnp.float32)
+        dtype = widest(array.dtype, jnp.float32)
         return Leaf(path, keys, layout, dtype, sharding)
 
     planned = zip(

@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from soap_optax.refresh import _members
 
@@ -89,6 +90,6 @@ class Clock:
         frequency: Any = self.frequency
         if callable(frequency):
             frequency = frequency(count)
-        if isinstance(frequency, int):  # No count reaches a larger one.
-            frequency = min(frequency, int(jnp.iinfo(count.dtype).max))
+        if isinstance(frequency, (int, np.integer)):  # No count reaches a larger one.
+            frequency = min(int(frequency), int(jnp.iinfo(count.dtype).max))
         return jnp.maximum(1, jnp.asarray(frequency).astype(count.dtype))

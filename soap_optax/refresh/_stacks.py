@@ -327,7 +327,7 @@ def refresh_one(
         if not _mesh.may_be_spread(factor):
             return block_by_block(factor, eigenbasis)
         # On CPU batches are avoided, even if that gathers the factor; see the comment
-        # in `_refresh_stack`.
+        # in `_by_chunks`.
         as_one = functools.partial(in_stack, lambda array: array[None])
         return jax.lax.platform_dependent(
             factor, eigenbasis, cpu=block_by_block, default=as_one
@@ -440,7 +440,7 @@ def _by_chunks(
     request: RefreshRequest,
     stacks: tuple[jax.Array, jax.Array, jax.Array],
 ) -> Refreshed:
-    """Does what `_refresh_stack` says.
+    """Refreshes stacks as `_refresh_stack` says, a chunk at a time.
 
     Under `jax.vmap` the stacks are those of all members, and what is asked may be an
     array `[n]`, with an entry for each matrix.
