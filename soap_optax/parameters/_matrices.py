@@ -58,8 +58,7 @@ def matrices(
     included = None if include is None else _compiled("include", include)
 
     def numbers(params: Any) -> Any:
-        if isinstance(params, jax.Array) and jnp.issubdtype(params.dtype, jnp.integer):
-            # It is the count, since inject_hyperparams takes a callable for a schedule.
+        if _is_count(params):
             _arguments.static("dimension_numbers", params)
         treedef: Any
         nodes, treedef = jax.tree.flatten(params, is_leaf=_is_hidden)
@@ -79,6 +78,12 @@ def matrices(
         return treedef.unflatten(map(one, nodes, is_in, is_out))
 
     return numbers
+
+
+def _is_count(params: Any) -> bool:
+    """Says whether `optax.inject_hyperparams` has called a function as a schedule."""
+    is_scalar = isinstance(params, jax.Array) and params.ndim == 0
+    return is_scalar and jnp.issubdtype(params.dtype, jnp.integer)
 
 
 def _is_hidden(node: Any) -> bool:
