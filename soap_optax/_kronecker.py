@@ -281,7 +281,7 @@ def hidden(
     Args:
       coordinates: coordinates of the gradient.
       energies: its energies at each index of each axis with a factor, `[grid…, b]`.
-      layout: layout of the parameter.
+      layout: layout of the parameter, which has factors.
       eps: machine epsilon of the coarsest rounding of eigenbases and products.
 
     Returns:
