@@ -162,11 +162,8 @@ def row_of(name: str, check: Check, sharding: jax.sharding.Sharding) -> dict[str
 
 def update_row(tx: Any, state: Any) -> dict[str, Any]:
     """What the update of an optimizer needs, compiled alone."""
-    update = jax.jit(
-        lambda state, grads, params: tx.update(grads, state, params)[::-1],
-        donate_argnums=0,
-    )
-    seconds, program = compiled(update, state.opt_state, state.params, state.params)
+    update = jax.jit(tx.update, donate_argnums=1)
+    seconds, program = compiled(update, state.params, state.opt_state, state.params)
     temporary = programs.memory_of(program).temp_size_in_bytes
     text = program.as_text()
     return {

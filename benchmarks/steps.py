@@ -189,11 +189,8 @@ def compiled(
     """
     params = jax.eval_shape(lambda: normal(shape, 0))
     state = jax.eval_shape(tx.init, params)
-    step = jax.jit(
-        lambda state, grads, params: tx.update(grads, state, params)[::-1],
-        donate_argnums=0,
-    )
-    tracing, lowered = programs.timed_trace(step, state, params, params)
+    step = jax.jit(tx.update, donate_argnums=1)
+    tracing, lowered = programs.timed_trace(step, params, state, params)
     compiling, program = programs.timed_compile(lowered)
     return {"trace_s": tracing, "compile_s": compiling}, program
 
@@ -271,7 +268,7 @@ def steps_of(
 
     def step(count: int) -> float:
         nonlocal state
-        spent, (state, _) = seconds(program, state, gradients[count % 2], params)
+        spent, (_, state) = seconds(program, gradients[count % 2], state, params)
         return spent
 
     return row | in_turn(step, bare, cycles)
@@ -414,12 +411,10 @@ def refreshing(
         for frequency in (1, 10)
     }
 
-    def jitted(tx: optax.GradientTransformation) -> Callable[..., Any]:
-        return jax.jit(
-            lambda state, grads: tx.update(grads, state, params)[::-1], donate_argnums=0
-        )
-
-    steps = {frequency: jitted(tx) for frequency, tx in optimizers.items()}
+    steps = {
+        frequency: jax.jit(tx.update, donate_argnums=1)
+        for frequency, tx in optimizers.items()
+    }
     state, count = jax.jit(optimizers[1].init)(params), 0
 
     def run(frequency: int) -> float:
@@ -427,7 +422,7 @@ def refreshing(
         count += 1
         grads = gradients[count % len(gradients)]
         state = set_count(state, frequency)
-        spent, (state, _) = seconds(steps[frequency], state, grads)
+        spent, (_, state) = seconds(steps[frequency], grads, state, params)
         return spent
 
     for frequency in (1, 1, 1, 10):
@@ -607,14 +602,12 @@ def products_over_gradient(params: Tree, tokens: int) -> float:
 
 def optimizer_seconds(tx: optax.GradientTransformation, params: Tree) -> float:
     """Mean seconds of an update over a cycle of 10 steps."""
-    step = jax.jit(
-        lambda state, grads: tx.update(grads, state, params)[::-1], donate_argnums=0
-    )
+    step = jax.jit(tx.update, donate_argnums=1)
     state = jax.jit(tx.init)(params)
     spent = []
     for count in range(21):
         grads = jax.tree.map(lambda p, k=count: p + 1e-3 * jnp.sin(p + k), params)
-        one, (state, _) = seconds(step, state, grads)
+        one, (_, state) = seconds(step, grads, state, params)
         spent.append(one)
     return float(np.mean(spent[11:]))
 
