@@ -8,7 +8,6 @@ import dataclasses
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import optax
 import train_lm
 from jax.sharding import Mesh
@@ -67,35 +66,22 @@ def make_soap_spheres(
     config: Config, mesh: Mesh | None
 ) -> optax.GradientTransformation:
     """SOAP whose matrices keep the norms that they start with."""
-    scaled = soap_optax.scale_by_soap(
+    options = train_lm.eigenbasis_options(config, mesh)
+    soap = soap_optax.scale_by_soap(
         config.b1,
         config.b2,
         nesterov=config.nesterov,
         basis=config.basis,
         factorized=config.factorized,
-        **train_lm.eigenbasis_options(config, mesh),
+        **options,
     )
-    schedule = make_schedule(config, config.learning_rate)
-    return beside_adam(config, optax.chain(scaled, on_spheres(schedule)))
-
-
-def on_spheres(learning_rate: optax.ScalarOrSchedule) -> optax.GradientTransformation:
-    """Moves matrices W with updates U to R n(W - learning rate R n(U)).
-
-    n divides by the Frobenius norm, and R is the norm of W. Axes before the last two
-    count matrices. Source: arXiv 2606.16899.
-    """
-
-    def norm(x):
-        return jnp.linalg.norm(x, axis=(-2, -1), keepdims=True) + 1e-12
-
-    return optax.chain(
-        optax.stateless_with_tree_map(lambda u, p: u * (norm(p) / norm(u))),
-        optax.scale_by_learning_rate(learning_rate),
-        optax.stateless_with_tree_map(
-            lambda u, p: (p + u) * (norm(p) / norm(p + u)) - p
-        ),
+    spheres = soap_optax.hyperball(
+        make_schedule(config, config.learning_rate),
+        adam_learning_rate=train_lm.adam_schedule(config),
+        adam_weight_decay=config.weight_decay,
+        dimension_numbers=options["dimension_numbers"],
     )
+    return optax.chain(soap, spheres)
 
 
 def in_eigenbasis(

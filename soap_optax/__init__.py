@@ -3,6 +3,8 @@
 from soap_optax._diagnostics import Diagnostics as Diagnostics
 from soap_optax._diagnostics import diagnostics as diagnostics
 from soap_optax._eigenbasis import in_eigenbasis as in_eigenbasis
+from soap_optax._hyperball import HyperballState as HyperballState
+from soap_optax._hyperball import hyperball as hyperball
 from soap_optax._shampoo import ShampooState as ShampooState
 from soap_optax._shampoo import scale_by_shampoo as scale_by_shampoo
 from soap_optax._shampoo import shampoo as shampoo

@@ -48,21 +48,22 @@ def optimizer(
         learning_rate=(of_matrices[0], _arguments.learning_rate),
         weight_decay=(of_matrices[1], _arguments.weight_decay),
     )
-    last = _decay_and_rate(*of_matrices, mask)
+    last = decay_and_rate(*of_matrices, mask)
     if of_others != (None, None):
         rate, decay = (
             of_matrix if of_other is None else of_other
             for of_other, of_matrix in zip(of_others, of_matrices, strict=True)
         )
-        last = _apart(last, _decay_and_rate(rate, decay, mask), options)
+        last = _apart(last, decay_and_rate(rate, decay, mask), options)
     return optax.chain(transformation, *last)
 
 
-def _decay_and_rate(
+def decay_and_rate(
     learning_rate: optax.ScalarOrSchedule,
     weight_decay: optax.ScalarOrSchedule,
     mask: Any,
 ) -> tuple[optax.GradientTransformation, ...]:
+    """What follows the preconditioner in `optax.adamw`, for a chain."""
     # Without decay no pass over the parameters is needed. A 0 in an array of JAX may
     # change, and with a mask the state keeps the structure that it has with decay.
     is_number = isinstance(weight_decay, (int, float, np.generic, np.ndarray))

@@ -93,10 +93,10 @@ def test_matrices_on_spheres_keep_their_norms():
     title = "SOAP on spheres"
     start = make_params()
     params, _ = train(run(title, dict(RECIPES)[title])["tx"], start)
-    for name in ("kernel", "lora_a", "lora_b"):
+    for name in ("kernel", "lora_a"):
         before, after = start["layer"][name], params["layer"][name]
         norms = [np.linalg.norm(matrix) for matrix in (before, after)]
-        np.testing.assert_allclose(*norms, rtol=1e-5, atol=1e-10)
+        np.testing.assert_allclose(*norms, rtol=1e-5)
     assert not np.allclose(start["layer"]["kernel"], params["layer"]["kernel"])
 
 

@@ -85,6 +85,7 @@ ROOMS = {
         "refresh._stacks",
     },
     "_chain": {"_arguments", "_options", "parameters._tree"},
+    "_hyperball": {"_arguments", "_chain", "_options", "parameters._tree"},
     "_inner": {
         "_arguments",
         "_kronecker",
@@ -124,6 +125,7 @@ FACES = {
     "__init__": {
         "_diagnostics",
         "_eigenbasis",
+        "_hyperball",
         "_shampoo",
         "_soap",
         "_state",
