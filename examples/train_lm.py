@@ -202,6 +202,8 @@ class Config:
     update_rms: float | None = None
     """The size of SOAP's and Shampoo's updates; `soap_optax.soap` explains it."""
     stagger: bool = False
+    refresh_tolerance: float | None = None
+    """The share of a factor off the diagonal up to which its eigenbasis stays."""
     precond_dtype: Literal["bfloat16"] | None = None
     """The dtype of eigenbases; None is float32, which factors always have."""
     pack_factors: bool = False
@@ -781,6 +783,7 @@ def eigenbasis_options(config: Config, mesh: Mesh | None) -> dict[str, Any]:
         "one_sided": config.one_sided,
         "factors": config.factors,
         "stagger": config.stagger,
+        "refresh_tolerance": config.refresh_tolerance,
         "precond_dtype": config.precond_dtype,
         "pack_factors": config.pack_factors,
         "precision": config.precision,

@@ -14,6 +14,7 @@ table and writes it, with a plot, to `--out`:
     schedules   counts the steps of shorter trainings that end at others' final losses
     time        measures whole steps, and counts the time to the final losses of others
     frequency   shows the final loss against the steps between refreshes
+    refreshes   shows the final loss against the time of a step for ways to refresh
     batch_size  counts the steps to final losses of others for different sizes of batch
     ablations   shows what each option of SOAP costs and brings
     widths      shows the best learning rate of models of different widths
@@ -22,9 +23,10 @@ table and writes it, with a plot, to `--out`:
 
 import dataclasses
 import functools
+import itertools
 import sys
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -96,6 +98,11 @@ FREQUENCY_OPTIMIZERS = {
     "KL-Shampoo": "KL-Shampoo",
 }
 """Names without a frequency, and the labels of the settings that are taken."""
+REFRESHES: dict[str, dict[str, Any]] = {
+    **{f"f={f}": {"precondition_frequency": f} for f in (1, 2, 4, 10)},
+    "f=10, staggered": {"precondition_frequency": 10, "stagger": True},
+    "tolerance 0.1": {"refresh_tolerance": 0.1},
+}
 BATCH_OPTIMIZERS = ("AdamW", "NAdamW", "SOAP")
 _ONE_SIDED = {"one_sided": True, "factors": "shampoo"}
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -157,6 +164,7 @@ class Experiment:
         "schedules",
         "time",
         "frequency",
+        "refreshes",
         "batch_size",
         "ablations",
         "widths",
@@ -404,21 +412,10 @@ def by_length(of_lengths: dict[int, Seeds]) -> Seeds:
 
 
 def measure_time(experiment: Experiment) -> None:
-    """Measures whole steps, of all optimizers in turn, in one process.
-
-    The machine must have nothing else to do. Every turn has a refresh of each optimizer
-    that has any, but for SPlus, and the seconds of a step are the median of the turns.
-    """
+    """Compares the seconds of whole steps, and of trainings to the same losses."""
     experiment = only(experiment, "NAdamW", *experiment.optimizers)
     best, _ = tuned(experiment, experiment.lengths[0])
-    steps = {label: stepper(config) for label, config in best.items()}
-    seconds: dict[str, list[float]] = {label: [] for label in best}
-    for _ in range(12):
-        for label, take in steps.items():
-            start = time.perf_counter()
-            take(10)
-            seconds[label].append((time.perf_counter() - start) / 10)
-    median = {label: float(np.median(s)) for label, s in seconds.items()}
+    median = seconds_per_step(best)
     share = {length: trainings(experiment, length) for length in experiment.lengths}
     rows = [
         {
@@ -439,6 +436,23 @@ def measure_time(experiment: Experiment) -> None:
     report(rows, experiment.out / "time.csv")
 
 
+def seconds_per_step(configs: Mapping[str, Config]) -> dict[str, float]:
+    """Measures whole steps, of all configurations in turn, in one process.
+
+    The machine must have nothing else to do. A turn has ten steps of each, and the
+    seconds of a step are the median of the turns. So refreshes count where one of ten
+    steps has them, and do not where they are rarer.
+    """
+    steps = {label: stepper(config) for label, config in configs.items()}
+    seconds: dict[str, list[float]] = {label: [] for label in configs}
+    for _ in range(12):
+        for label, take in steps.items():
+            start = time.perf_counter()
+            take(10)
+            seconds[label].append((time.perf_counter() - start) / 10)
+    return {label: float(np.median(s)) for label, s in seconds.items()}
+
+
 def less_time(found: Seeds, others: Seeds, ratio: float) -> float:
     return float(np.mean(1 - ratio * (1 - saved(found, others))))
 
@@ -450,11 +464,12 @@ def stepper(config: Config) -> Callable[[int], None]:
     state = make_state(config, model)
     step = jit_step(config, model, state)
     corpus = Corpus(read_tokens(config.data), config)
+    batches = map(corpus.micro_batches, itertools.count())
 
     def take(count: int) -> None:
         nonlocal state
-        for i in range(count):
-            state, loss = step(state, corpus.micro_batches(i))
+        for batch in itertools.islice(batches, count):
+            state, loss = step(state, batch)
         jax.block_until_ready(loss)
 
     take(11)  # It compiles, and the first step and a first refresh are no usual ones.
@@ -499,6 +514,49 @@ def plot_frequency(rows: list[dict[str, Any]], nadamw: float, path: Path) -> Non
     axis.minorticks_off()
     axis.grid(alpha=0.3)
     axis.legend()
+    save(figure, path)
+
+
+# --- refreshes -----------------------------------------------------------------------
+
+
+def refreshes(experiment: Experiment) -> None:
+    """Shows what each way of refreshing costs, and which loss it ends with.
+
+    All else is that of the best settings of SOAP.
+    """
+    best, _ = tuned(only(experiment, "NAdamW", "SOAP"), experiment.lengths[0])
+    configs = {
+        label: dataclasses.replace(best["SOAP"], **changes)
+        for label, changes in REFRESHES.items()
+    }
+    found = of_all_seeds(experiment, configs)
+    seconds = seconds_per_step({"NAdamW": best["NAdamW"], **configs})
+    rows = [
+        {
+            "refreshes": label,
+            **outcome(of_seeds),
+            **above("f=1", of_seeds, found["f=1"]),
+            "seconds per step": seconds[label],
+            "over NAdamW's": seconds[label] - seconds["NAdamW"],
+        }
+        for label, of_seeds in found.items()
+    ]
+    report(rows, experiment.out / "refreshes.csv")
+    plot_refreshes(rows, experiment.out / "refreshes.png")
+
+
+def plot_refreshes(rows: list[dict[str, Any]], path: Path) -> None:
+    figure, axis = plt.subplots(figsize=(6, 4))
+    for row in rows:
+        at = (1e3 * row["over NAdamW's"], row["final loss"])
+        axis.plot(*at, "o", color=COLORS["SOAP"])
+        axis.annotate(row["refreshes"], at, xytext=(5, 5), textcoords="offset points")
+    axis.set(
+        xlabel="milliseconds of a step over those of NAdamW",
+        ylabel="final validation loss (nats per byte)",
+    )
+    axis.grid(alpha=0.3)
     save(figure, path)
 
 
@@ -683,6 +741,7 @@ PARTS: dict[str, Callable[[Experiment], None]] = {
     "schedules": schedules,
     "time": measure_time,
     "frequency": frequency,
+    "refreshes": refreshes,
     "batch_size": batch_size,
     "ablations": ablations,
     "widths": widths,
