@@ -34,7 +34,7 @@ import jax
 import matplotlib
 import numpy as np
 import tyro
-from results import report, require_known
+from results import machine, report, require_known
 
 sys.path.append(str(Path(__file__).parent.parent / "examples"))
 from recipes import KL_SOAP
@@ -280,10 +280,10 @@ def efficiency(experiment: Experiment) -> None:
     for steps in experiment.lengths:
         _, tried = tuned(experiment, steps)
         rows = [{"optimizer": label, **outcome(of_seeds)} for label, of_seeds in tried]
-        report(rows, experiment.out / f"efficiency_{steps}_sweep.csv")
+        report_kept(rows, experiment.out / f"efficiency_{steps}_sweep.csv")
         found[steps] = trainings(experiment, steps)
         rows = [summary(label, found[steps]) for label in found[steps]]
-        report(rows, experiment.out / f"efficiency_{steps}.csv")
+        report_kept(rows, experiment.out / f"efficiency_{steps}.csv")
     plot_efficiency(found, experiment.out / "efficiency.png")
 
 
@@ -306,6 +306,13 @@ def shares_of_steps(label: str, found: dict[str, Seeds]) -> dict[str, Any]:
         row[f"fewer steps than {name}"] = np.mean(shares)
         row[f"than {name}, by seed"] = by_seed(shares)
     return row
+
+
+def report_kept(rows: Iterable[dict[str, Any]], path: Path) -> None:
+    """Reports on trainings, which may be kept ones of another processor than this."""
+    about = machine()
+    del about["processor"]
+    report(rows, path, about)
 
 
 def by_seed(values: Iterable[float]) -> str:
@@ -396,7 +403,7 @@ def schedules(experiment: Experiment) -> None:
             for length, of_seeds in of_lengths.items()
         ]
         rows[-1] |= shares_of_steps(label, found)
-    report(rows, experiment.out / f"schedules_{steps}.csv")
+    report_kept(rows, experiment.out / f"schedules_{steps}.csv")
 
 
 def by_length(of_lengths: dict[int, Seeds]) -> Seeds:
@@ -495,7 +502,7 @@ def frequency(experiment: Experiment) -> None:
         {"optimizer": name, "precondition_frequency": count, **outcome(of_seeds)}
         for (name, count), of_seeds in found.items()
     ]
-    report(rows, experiment.out / "frequency.csv")
+    report_kept(rows, experiment.out / "frequency.csv")
     plot_frequency(rows, nadamw, experiment.out / "frequency.png")
 
 
@@ -586,7 +593,7 @@ def batch_size(experiment: Experiment) -> None:
             }
             for label in found
         ]
-    report(rows, experiment.out / "batch_size.csv")
+    report_kept(rows, experiment.out / "batch_size.csv")
     plot_batch_size(rows, experiment.out / "batch_size.png")
 
 
@@ -637,7 +644,7 @@ def ablations(experiment: Experiment) -> None:
         }
         for label, of_seeds in found.items()
     ]
-    report(rows, experiment.out / "ablations.csv")
+    report_kept(rows, experiment.out / "ablations.csv")
 
 
 def state_bytes(config: Config) -> int:
@@ -668,7 +675,7 @@ def precisions(experiment: Experiment) -> None:
         }
         for name, of_seeds in found.items()
     ]
-    report(rows, experiment.out / "precision_losses.csv")
+    report_kept(rows, experiment.out / "precision_losses.csv")
 
 
 # --- widths --------------------------------------------------------------------------
@@ -715,7 +722,7 @@ def widths(experiment: Experiment) -> None:
             row["learning rate"],
         )
     )
-    report(rows, experiment.out / "widths.csv")
+    report_kept(rows, experiment.out / "widths.csv")
     plot_widths(rows, experiment.out / "widths.png")
 
 

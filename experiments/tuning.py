@@ -24,7 +24,7 @@ HALF_DECADES = (1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1, 1.0, 3.0)
 LADDERS: dict[str, Sequence[float]] = {
     "learning_rate": HALF_DECADES,
     "adam_learning_rate": HALF_DECADES,
-    "b2": (0.8, 0.9, 0.95, 0.98, 0.99, 0.995, 0.999),
+    "b2": (0.7, 0.8, 0.9, 0.95, 0.98, 0.99, 0.995, 0.999),
 }
 """The values of each setting."""
 
