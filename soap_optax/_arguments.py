@@ -125,6 +125,16 @@ def choice(*choices: Any) -> Rule:
     return check_choice
 
 
+def made_by_init(kind: type) -> Rule:
+    """A rule for states: they are of the class of those that `init` makes."""
+
+    def check_state(name: str, value: Any) -> None:
+        rule = f"of type {kind.__name__}, as init makes it"
+        require(name, type(value).__name__, rule, isinstance(value, kind))
+
+    return check_state
+
+
 flag = choice(True, False)
 
 

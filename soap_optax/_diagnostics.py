@@ -62,6 +62,7 @@ def diagnostics(
       >>> columns.off_diagonal.shape, bool(columns.off_diagonal < 1e-5)
       ((), True)
     """
+    _arguments.check(precision=(precision, _arguments.precision))
     merged: dict[str, Any] = {}
     for one in _eigenbasis_states(state):
         diagnose = functools.partial(

@@ -216,7 +216,7 @@ def _settled(
     return treedef.unflatten(jnp.asarray(x, jnp.result_type(y)) for x, y in pairs)
 
 
-def _kept(new: Any, old: Any) -> Any:
+def kept(new: Any, old: Any) -> Any:
     """The new inner state, in the structure and the dtypes of the old one.
 
     Raises:
@@ -286,14 +286,13 @@ class _Update:
             strict=True,
         )
         first = 1 if self.options["basis"] == "previous" else 0
-        is_first = state.count == first
-        measured = [self._project_and_follow(*entry, is_first) for entry in of_leaf]
+        is_early = state.count <= first + 1
+        measured = [self._project_and_follow(*entry, is_early) for entry in of_leaf]
         eigenvalues = [values for _, values, _ in measured]
-        inner_updates, inner_state = self.inner.make(plan.leaves, eigenvalues).update(
+        inner_updates, inner_state = self._inner_update(
+            self.inner.make(plan.leaves, eigenvalues),
             plan.treedef.unflatten(projected for projected, *_ in measured),
-            state.inner_state,
-            self._projected_params(state),
-            **self.extra_args,
+            state,
         )
         seen = [
             _without_hidden(update, is_hidden)
@@ -310,8 +309,25 @@ class _Update:
             strict=True,
         )
         steps = [self._project_back(*entry) for entry in moved]
-        kept = _kept(inner_state, state.inner_state)
-        return steps, state._replace(eigenvalues=eigenvalues, inner_state=kept)
+        inner_state = kept(inner_state, state.inner_state)
+        return steps, state._replace(eigenvalues=eigenvalues, inner_state=inner_state)
+
+    def _inner_update(
+        self,
+        transformation: optax.GradientTransformationExtraArgs,
+        projected: optax.Updates,
+        state: EigenbasisState,
+    ) -> tuple[optax.Updates, optax.OptState]:
+        """Runs the inner transformation, which may not know what to do with a state."""
+        params = self._projected_params(state)
+        try:
+            return transformation.update(
+                projected, state.inner_state, params, **self.extra_args
+            )
+        except Exception:
+            init = functools.partial(transformation.init, self.plan.widened())
+            _moments.check_made_by(state.inner_state, init)
+            raise
 
     def step_unless_first(
         self, state: EigenbasisState, weights: _PerLeaf
@@ -487,13 +503,15 @@ class _Update:
         eigenbases: Any,
         eigenvalues: Any,
         weights: Sequence[Any],
-        is_first: jax.typing.ArrayLike,
+        is_early: jax.typing.ArrayLike,
     ) -> tuple[jax.Array, list[Any], jax.Array | None]:
         """The coordinates of a gradient, and the eigenvalues, which follow it.
 
         In the first step of the inner transformation, the eigenbases come from a single
-        gradient, which may be this one, or one like it. The last result says which
-        coordinates are then hidden by round-off; it is None without factors.
+        gradient, which may be this one, or one like it. So they may in the second step,
+        where a learning rate that starts at 0 has left the parameters as they were. The
+        last result says which coordinates are hidden by round-off in these two steps;
+        it is None without factors.
         """
         if not leaf.layout.has_factors:
             gradient = array.astype(leaf.dtype)
@@ -506,7 +524,7 @@ class _Update:
         )
         eps = self._eps(leaf, *eigenbases)
         is_hidden = _kronecker.hidden(coordinates, energies, leaf.layout, eps)
-        is_hidden = jnp.logical_and(is_first, is_hidden)
+        is_hidden = jnp.logical_and(is_early, is_hidden)
         if self.options["factors"] == "kl":
             round_off = self._round_off(leaf, array, eigenbases)
             energies = _kronecker.whitened_energies(
@@ -597,7 +615,7 @@ def _apart_from_blocks(array: jax.Array, leaf: Leaf) -> jax.Array:
 @functools.partial(jax.jit, inline=True)
 def _power(base: jax.typing.ArrayLike, exponent: jax.Array) -> jax.Array:
     """Computes a power in a program that serves all exponents, not one for each."""
-    return jnp.asarray(base**exponent)
+    return jax.lax.pow(jnp.asarray(base), exponent)
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))

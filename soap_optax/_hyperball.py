@@ -120,6 +120,7 @@ def hyperball(
         del extra_args
         if params is None:
             raise ValueError("params must be given to the update of hyperball")
+        _arguments.check(state=(state, _arguments.made_by_init(HyperballState)))
         plan = _tree.make_plan(updates, options)
         radii = _tree.find(plan.leaves, state.radii)
         _check_radii(plan.leaves, radii)

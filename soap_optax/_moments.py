@@ -202,6 +202,26 @@ def check_shapes(
             )
 
 
+def check_made_by(
+    inner_state: optax.OptState, init: Callable[[], optax.OptState]
+) -> None:
+    """Raises a `ValueError` if a state has not the arrays that `init` would make."""
+
+    def arrays(state: optax.OptState) -> dict[str, tuple[int, ...]]:
+        entries = jax.tree_util.tree_leaves_with_path(state)
+        return {jax.tree_util.keystr(path): jnp.shape(x) for path, x in entries}
+
+    wanted, given = arrays(jax.eval_shape(init)), arrays(inner_state)
+    if wanted == given:
+        return
+    names = [*wanted, *given]
+    path = next(name for name in names if wanted.get(name) != given.get(name))
+    raise ValueError(
+        f"the inner state must have the arrays that init makes with these options: "
+        f"{path} must be of shape {wanted.get(path)}, got {given.get(path)}"
+    )
+
+
 def split_moments(
     inner_state: optax.OptState, leaves: Sequence[Leaf], words: Words
 ) -> tuple[

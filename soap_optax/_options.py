@@ -168,6 +168,11 @@ def _check_together(options: Mapping[str, Any]) -> None:
     if options["stagger"]:
         # The frequency decides which parameters are refreshed together.
         frequency = options["precondition_frequency"]
+        if callable(frequency):
+            raise ValueError(
+                "precondition_frequency must be no schedule if stagger=True, because "
+                f"it decides which parameters share a step, got {frequency}"
+            )
         _arguments.integer(1)("precondition_frequency", frequency)
 
 

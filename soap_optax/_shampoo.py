@@ -10,7 +10,7 @@ import optax
 
 from soap_optax import _arguments, _kronecker
 from soap_optax._chain import optimizer, split_rates
-from soap_optax._eigenbasis import Inner, make_transformation
+from soap_optax._eigenbasis import Inner, kept, make_transformation
 from soap_optax._inner import (
     AdamSettings,
     check_adam,
@@ -112,7 +112,8 @@ def shampoo(
         KL-Shampoo.
 
     Returns:
-      An `optax.GradientTransformationExtraArgs`. Updates have the gradients' dtype.
+      An `optax.GradientTransformationExtraArgs`. Updates have the dtype
+      that those of `optax.adamw` have: the gradients', unless weight decay widens it.
 
     Raises:
       TypeError: for an unknown argument; it names the function and the argument.
@@ -259,11 +260,13 @@ def _grafted(
         params: optax.Params | None = None,
         **extra_args: Any,
     ) -> tuple[optax.Updates, ShampooState]:
+        _arguments.check(state=(state, _arguments.made_by_init(ShampooState)))
         plan = _tree.make_plan(updates, options)
         steps, of_shampoo = preconditioner.update(
             updates, state.preconditioner, params, **extra_args
         )
         of_adam, adam_state = adam_for(plan).update(plan.widened(), state.adam)
+        adam_state = kept(adam_state, state.adam)
         of_leaf = zip(
             plan.treedef.flatten_up_to(steps),
             plan.treedef.flatten_up_to(of_adam),

@@ -182,7 +182,8 @@ def soap(
         shardings are not known.
 
     Returns:
-      An `optax.GradientTransformationExtraArgs`. Updates have the gradients' dtype.
+      An `optax.GradientTransformationExtraArgs`. Updates have the dtype
+      that those of `optax.adamw` have: the gradients', unless weight decay widens it.
 
     Raises:
       TypeError: for an unknown argument; it names the function and the argument.

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from soap_optax import _triangles
+from soap_optax import _arguments, _triangles
 from soap_optax._dtypes import widest
 from soap_optax._options import EigenbasisOptions
 from soap_optax.mesh import _mesh, _placement
@@ -149,6 +149,7 @@ def listed(
       ValueError: if the state was made for other parameters or options; it names a
         parameter.
     """
+    _arguments.check(state=(state, _arguments.made_by_init(EigenbasisState)))
     fields = {name: _tree.find(plan.leaves, getattr(state, name)) for name in _FIELDS}
     for i, leaf in enumerate(plan.leaves):
         factors = leaf.layout.factor_shapes()

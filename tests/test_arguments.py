@@ -289,3 +289,55 @@ def test_lists_and_python_numbers_are_parameters():
     tx = soap_optax.soap(0.1, basis="current")
     updates, _ = tx.update([1.0, 2.0], tx.init([3.0, 4.0]), [3.0, 4.0])
     np.testing.assert_allclose(jnp.stack(updates), -0.1, rtol=1e-6)
+
+
+# --- states of others -----------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("tx", "other", "message"),
+    [
+        (
+            soap_optax.scale_by_soap(),
+            soap_optax.scale_by_soap(factorized=True),
+            r"the inner state must have the arrays that init makes .*\.nu",
+        ),
+        (
+            soap_optax.scale_by_soap(factorized=True),
+            soap_optax.scale_by_soap(),
+            r"the inner state must have the arrays that init makes .*\.nu",
+        ),
+        (
+            soap_optax.in_eigenbasis(optax.scale_by_adam()),
+            soap_optax.in_eigenbasis(optax.scale_by_lion()),
+            r"the inner state must have the arrays that init makes .*\.nu",
+        ),
+        (
+            soap_optax.scale_by_soap(),
+            soap_optax.scale_by_shampoo(),
+            "state must be of type EigenbasisState, as init makes it, got",
+        ),
+        (
+            soap_optax.scale_by_shampoo(),
+            optax.scale_by_adam(),
+            "state must be of type ShampooState, as init makes it, got",
+        ),
+        (
+            soap_optax.hyperball(0.1),
+            optax.scale_by_adam(),
+            "state must be of type HyperballState, as init makes it, got",
+        ),
+    ],
+)
+@pytest.mark.parametrize("transform", [lambda f: f, jax.jit], ids=["eager", "jit"])
+def test_the_state_of_another_transformation(tx, other, message, transform):
+    params = {"w": jnp.ones((4, 3)), "b": jnp.ones(3)}
+    state, update = other.init(params), transform(tx.update)
+    with pytest.raises(ValueError, match=message):
+        for _ in range(2):  # The first step of the published order is no step of Adam.
+            _, state = update(params, state, params)
+
+
+def test_a_schedule_cannot_stagger():
+    with pytest.raises(ValueError, match="must be no schedule if stagger=True"):
+        soap_optax.soap(0.1, stagger=True, precondition_frequency=lambda count: 2)

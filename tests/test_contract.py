@@ -111,8 +111,11 @@ def assert_compiles_nothing_in_the_end(tx, caplog):
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_strict_promotion_of_dtypes(dtype):
-    tx = soap_optax.in_eigenbasis(optax.trace(0.9), clip_update_rms=1.0)
+@pytest.mark.parametrize(
+    "options", [{}, {"basis": "current"}, {"factors": "kl"}], ids=str
+)
+def test_strict_promotion_of_dtypes(dtype, options):
+    tx = soap_optax.in_eigenbasis(optax.trace(0.9), clip_update_rms=1.0, **options)
     params = optax.tree.cast(normal_tree(), dtype)
     with jax.numpy_dtype_promotion("strict"):
         state = tx.init(params)
@@ -339,6 +342,15 @@ def test_mixed_dtypes(precond_dtype, dtype, grads_dtype):
     assert_same_types(updates, grads)
     assert types(state.factors) == types(tx.init(params).factors)
     assert types(state.eigenvalues) == types(tx.init(params).eigenvalues)
+
+
+@pytest.mark.parametrize("grafting", ["adam", None])
+def test_the_state_of_shampoo_keeps_its_dtypes(grafting):
+    tx = soap_optax.scale_by_shampoo(grafting=grafting)
+    params, grads = normal_tree("float32"), normal_tree("float64")
+    state = tx.init(params)
+    _, new_state = jax.jit(tx.update)(grads, state, params)
+    assert_same_types(new_state, state)
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])

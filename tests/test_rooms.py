@@ -62,6 +62,7 @@ ROOMS = {
     },
     "_moments": {"_kronecker", "parameters._tree"},
     "_state": {
+        "_arguments",
         "_dtypes",
         "_options",
         "_triangles",
