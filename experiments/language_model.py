@@ -559,6 +559,7 @@ def plot_refreshes(rows: list[dict[str, Any]], path: Path) -> None:
         at = (1e3 * row["over NAdamW's"], row["final loss"])
         axis.plot(*at, "o", color=COLORS["SOAP"])
         axis.annotate(row["refreshes"], at, xytext=(5, 5), textcoords="offset points")
+    axis.margins(0.2)
     axis.set(
         xlabel="milliseconds of a step over those of NAdamW",
         ylabel="final validation loss (nats per byte)",
