@@ -217,7 +217,7 @@ def check_made_by(
     names = [*wanted, *given]
     path = next(name for name in names if wanted.get(name) != given.get(name))
     raise ValueError(
-        f"the inner state must have the arrays that init makes with these options: "
+        "the inner state must have the arrays that init makes with these options: "
         f"{path} must be of shape {wanted.get(path)}, got {given.get(path)}"
     )
 
