@@ -148,7 +148,7 @@ def test_both_rates_can_be_schedules_or_injected():
         np.testing.assert_allclose(found["b"], params["b"] - 0.027, rtol=1e-5)
 
 
-def test_nnx_programs_with_vmap_and_masks():
+def test_an_optimizer_of_nnx_keeps_norms():
     model = nnx.Linear(3, 4, rngs=nnx.Rngs(0))
     tx = optax.chain(soap_optax.scale_by_soap(), soap_optax.hyperball(0.1))
     optimizer = nnx.Optimizer(model, tx, wrt=nnx.Param)
@@ -158,6 +158,8 @@ def test_nnx_programs_with_vmap_and_masks():
         optimizer.update(model, nnx.grad(loss)(model))
     np.testing.assert_allclose(np.linalg.norm(model.kernel[...]), norm, rtol=1e-5)
 
+
+def test_members_under_vmap_and_behind_a_mask_move_as_alone():
     members, updates = normal(0, (3, 4, 5)), normal(1, (3, 4, 5))
     one = soap_optax.hyperball(0.1)
     together, _ = jax.vmap(functools.partial(run, one))(members, updates)
